@@ -1,0 +1,228 @@
+"""Dense layers to factors and back: the only module that swaps modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from rankprune.errors import PlanError, near
+from rankprune.layers import LayerSpec
+from rankprune.linalg import Decomposition, check_finite
+from rankprune.plan import LayerPlan, Plan
+from rankprune.profile import count_params
+from rankprune.schemes import SCHEMES
+
+
+class LowRank(nn.Sequential):
+    """A factorised layer: two plain torch layers in a row, and the plan that they come from.
+
+    Attributes:
+        layer: what was planned for the layer.
+    """
+
+    def __init__(self, first: nn.Module, second: nn.Module, layer: LayerPlan) -> None:
+        super().__init__(first, second)
+        self.layer = layer
+
+    def extra_repr(self) -> str:
+        return f"scheme={self.layer.scheme}, rank={self.layer.rank}"
+
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        """The weight of the dense layer that computes the same, in that layer's shape."""
+        spec, scheme = self.layer.spec, SCHEMES[str(self.layer.scheme)]
+        assert spec is not None
+        first, second = _weight(self[0]), _weight(self[1])
+        working = first.dtype if first.dtype == torch.float64 else torch.float32
+        left, right = scheme.factor_matrices(spec, first.to(working), second.to(working))
+        return scheme.from_matrix(spec, left @ right).to(first.dtype)
+
+
+def factorize(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+    """Replace the planned layers by their factors, by truncated SVD of their weights.
+
+    Singular values are split √σ to each side. Device, dtype, mode and `requires_grad` are kept.
+
+    Args:
+        model: the dense model that the plan was made for.
+        plan: from `make_plan` or a controller's `finish`.
+        inplace: change the model itself instead of a copy.
+
+    Returns:
+        The model with `LowRank` layers.
+
+    Raises:
+        PlanError: a planned layer is missing or has another shape.
+        NumericsError: a weight holds NaN or infinity.
+
+    Example:
+        >>> import torch
+        >>> from rankprune import FixedRank, make_plan
+        >>> model = nn.Sequential(nn.Linear(32, 32))
+        >>> compact = factorize(model, make_plan(model, FixedRank(4)))
+        >>> sum(p.numel() for p in compact.parameters())
+        288
+    """
+    layers = check_plan(model, plan.factorized)
+    for entry in plan.factorized:
+        check_finite(_weight(layers[entry.name]), entry.name)
+    if not inplace:
+        model = copy.deepcopy(model)
+    for entry in plan.factorized:
+        _factorize_layer(model, entry)
+    return model
+
+
+def factor_skeleton(model: nn.Module, layers: Iterable[LayerPlan]) -> None:
+    """Replace layers by factors with uninitialised weights, in place; a loader fills them."""
+    for entry in layers:
+        dense = model.get_submodule(entry.name)
+        weight = _weight(dense)
+        factors = [
+            spec.build(device=weight.device, dtype=weight.dtype) for spec in entry.factors()
+        ]
+        for parameter in (p for factor in factors for p in factor.parameters()):
+            parameter.requires_grad_(weight.requires_grad)
+        _place(model, entry, factors[0], factors[1])
+
+
+def defactorize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Replace `LowRank` layers by the dense layers that compute the same.
+
+    Args:
+        model: a factorised model.
+        inplace: change the model itself instead of a copy.
+    """
+    if not inplace:
+        model = copy.deepcopy(model)
+    for name, low_rank in low_rank_layers(model).items():
+        spec = low_rank.layer.spec
+        assert spec is not None
+        weight = _weight(low_rank[0])
+        dense = spec.build(device=weight.device, dtype=weight.dtype)
+        composed = low_rank.dense_weight()
+        # a Hugging Face Conv1D comes back as nn.Linear, whose weight is transposed
+        _set(dense, "weight", composed.T if spec.kind == "hf_conv1d" else composed, weight)
+        bias = low_rank[1].bias
+        if bias is not None:
+            _set(dense, "bias", bias.detach(), bias)
+        dense.train(low_rank.training)
+        _swap(model, name, dense)
+    return model
+
+
+def low_rank_layers(model: nn.Module) -> dict[str, LowRank]:
+    """The factorised layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LowRank)}
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan of a factorised model's `LowRank` layers; layers left dense are not listed."""
+    layers: list[LayerPlan] = []
+    covered: set[str] = set()
+    for name, low_rank in low_rank_layers(model).items():
+        if name not in covered:
+            layers.append(low_rank.layer)
+            covered.update((low_rank.layer.name, *low_rank.layer.tied))
+    saved = sum(layer.dense_params - layer.params for layer in layers)
+    return Plan(layers=tuple(layers), dense_params=count_params(model) + saved)
+
+
+def check_plan(model: nn.Module, layers: Iterable[LayerPlan]) -> dict[str, nn.Module]:
+    """Find the planned layers in a model.
+
+    Raises:
+        PlanError: a layer is missing, or has another type or shape than planned.
+    """
+    modules = dict(model.named_modules())
+    found = {}
+    for layer in layers:
+        for name in (layer.name, *layer.tied):
+            if name not in modules:
+                raise PlanError(
+                    f"the plan's layer {name!r} is not in the model; {near(name, modules)}; "
+                    "was the plan made for another model?"
+                )
+            spec = LayerSpec.of(modules[name])
+            if name == layer.name and spec != layer.spec:
+                raise PlanError(
+                    f"layer {name!r} does not fit the plan: planned {_brief(layer.spec)}, the "
+                    f"model has {_brief(spec) if spec else type(modules[name]).__name__}"
+                )
+            found[name] = modules[name]
+    return found
+
+
+def _brief(spec: LayerSpec | None) -> str:
+    if spec is None:
+        return "an unsupported layer"
+    options = f", stride {spec.stride}, groups {spec.groups}" if spec.dims else ""
+    bias = "" if spec.bias else ", no bias"
+    return f"{spec.kind} with weight {spec.weight_shape}{options}{bias}"
+
+
+def _factorize_layer(model: nn.Module, entry: LayerPlan) -> None:
+    scheme, spec, rank = SCHEMES[str(entry.scheme)], entry.spec, entry.rank
+    assert spec is not None and rank is not None
+    dense = model.get_submodule(entry.name)
+    weight = _weight(dense)
+    with torch.no_grad():
+        left, right = Decomposition(scheme.to_matrix(spec, weight.detach())).truncate(rank).balanced()
+        weights = scheme.factor_weights(spec, left, right)
+    factors = []
+    for factor_spec, values in zip(entry.factors(), weights, strict=True):
+        factor = factor_spec.build(device=weight.device, dtype=weight.dtype)
+        _set(factor, "weight", values, weight)
+        factors.append(factor)
+    _place(model, entry, factors[0], factors[1])
+
+
+def _place(model: nn.Module, entry: LayerPlan, first: nn.Module, second: nn.Module) -> None:
+    """Put factors in place of a layer and of those tied to it; each keeps its own bias."""
+    for name in (entry.name, *entry.tied):
+        dense = model.get_submodule(name)
+        head, tail = first, second
+        if name != entry.name:
+            head, tail = _sharing(first), _sharing(second)
+        if tail.bias is not None:
+            bias = dense.bias
+            assert isinstance(bias, nn.Parameter)
+            _set(tail, "bias", bias.detach(), bias)
+        low_rank = LowRank(head, tail, entry)
+        low_rank.train(dense.training)
+        _swap(model, name, low_rank)
+
+
+def _sharing(module: nn.Module) -> nn.Module:
+    """A module of the same kind that holds the same weight."""
+    spec = LayerSpec.of(module)
+    weight = _weight(module)
+    assert spec is not None
+    twin = spec.build(device=weight.device, dtype=weight.dtype)
+    twin.weight = weight
+    return twin
+
+
+def _weight(module: nn.Module) -> nn.Parameter:
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _set(module: nn.Module, name: str, values: Tensor, like: nn.Parameter) -> None:
+    """Own, contiguous parameter with the dtype and requires_grad of another."""
+    # a view would keep the whole SVD alive, and be saved with it
+    own = values.to(like.dtype).clone(memory_format=torch.contiguous_format)
+    setattr(module, name, nn.Parameter(own, requires_grad=like.requires_grad))
+
+
+def _swap(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Replace a module at every place where the model holds it."""
+    old = model.get_submodule(name)
+    for parent in model.modules():
+        for child, module in list(parent._modules.items()):
+            if module is old:
+                parent._modules[child] = new

@@ -1,0 +1,198 @@
+"""A layer in plain numbers: what schemes compute with, plans store and factors are built from.
+
+`LayerSpec` is the one description of a linear map that the rest of the package shares. It is
+read off a module (`LayerSpec.of`), turned into a new module (`LayerSpec.build`), and written to
+and read from JSON. It holds no tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankprune.errors import LayerError
+
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+KINDS = ("linear", "hf_conv1d", "conv", "conv_transpose")
+
+
+def is_hf_conv1d(module: nn.Module) -> bool:
+    """True for Hugging Face's `Conv1D`: a linear layer whose weight is stored [in, out]."""
+    cls = type(module)
+    return cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """Hyper-parameters of a linear or convolution layer.
+
+    Attributes:
+        kind: "linear", "hf_conv1d", "conv" or "conv_transpose".
+        in_channels: C, input channels or features.
+        out_channels: N, output channels or features.
+        bias: whether the layer has a bias.
+        kernel_size: one number a spatial dimension; empty for linear layers.
+        stride, dilation, output_padding: as in torch, one number a spatial dimension.
+        padding: one number a spatial dimension, or "same" / "valid".
+        groups: g.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+    """
+
+    kind: str
+    in_channels: int
+    out_channels: int
+    bias: bool
+    kernel_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    output_padding: tuple[int, ...] = ()
+    groups: int = 1
+    padding_mode: str = "zeros"
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial dimensions; 0 for linear layers."""
+        return len(self.kernel_size)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight, in the order in which torch stores it."""
+        c, n, g = self.in_channels, self.out_channels, self.groups
+        if self.kind == "linear":
+            return (n, c)
+        if self.kind == "hf_conv1d":
+            return (c, n)
+        if self.kind == "conv":
+            return (n, c // g, *self.kernel_size)
+        return (c, n // g, *self.kernel_size)
+
+    @property
+    def weight_numel(self) -> int:
+        """Number of weight elements, without the bias."""
+        return math.prod(self.weight_shape)
+
+    @property
+    def params(self) -> int:
+        """Number of parameters, with the bias."""
+        return self.weight_numel + (self.out_channels if self.bias else 0)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> LayerSpec | None:
+        """Describe a module, or return None where it is no supported layer.
+
+        Only the exact classes count: a subclass may compute something else in its forward.
+
+        >>> spec = LayerSpec.of(nn.Conv2d(3, 8, (3, 1), stride=2, padding=1, groups=1))
+        >>> spec.kernel_size, spec.weight_shape
+        ((3, 1), (8, 3, 3, 1))
+        """
+        kind = type(module)
+        if kind is nn.Linear:
+            out_features, in_features = module.weight.shape
+            return cls(
+                kind="linear",
+                in_channels=in_features,
+                out_channels=out_features,
+                bias=module.bias is not None,
+            )
+        if is_hf_conv1d(module):
+            in_features, out_features = module.weight.shape  # type: ignore[misc]
+            return cls(
+                kind="hf_conv1d", in_channels=in_features, out_channels=out_features, bias=True
+            )
+        if kind in _CONV.values() or kind in _CONV_TRANSPOSE.values():
+            conv: Any = module
+            return cls(
+                kind="conv" if kind in _CONV.values() else "conv_transpose",
+                in_channels=conv.in_channels,
+                out_channels=conv.out_channels,
+                bias=conv.bias is not None,
+                kernel_size=tuple(conv.kernel_size),
+                stride=tuple(conv.stride),
+                padding=conv.padding if isinstance(conv.padding, str) else tuple(conv.padding),
+                dilation=tuple(conv.dilation),
+                output_padding=tuple(conv.output_padding),
+                groups=conv.groups,
+                padding_mode=conv.padding_mode,
+            )
+        return None
+
+    def build(
+        self,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> nn.Module:
+        """Build the torch module that this describes, with uninitialised parameters.
+
+        A Hugging Face `Conv1D` is built as the `nn.Linear` that computes the same.
+        """
+        # skip_init: the caller fills the parameters; no random numbers are drawn
+        if self.kind in ("linear", "hf_conv1d"):
+            return nn.utils.skip_init(
+                nn.Linear,
+                self.in_channels,
+                self.out_channels,
+                bias=self.bias,
+                device=device or "cpu",
+                dtype=dtype,
+            )
+        options: dict[str, Any] = {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "bias": self.bias,
+            "padding_mode": self.padding_mode,
+            "device": device or "cpu",
+            "dtype": dtype,
+        }
+        module: type[nn.Module] = _CONV[self.dims]
+        if self.kind == "conv_transpose":
+            module = _CONV_TRANSPOSE[self.dims]
+            options["output_padding"] = self.output_padding
+        return nn.utils.skip_init(
+            module, self.in_channels, self.out_channels, self.kernel_size, **options
+        )
+
+    def validate(self, name: str) -> None:
+        """Raise `LayerError` where the numbers do not describe a possible layer.
+
+        Args:
+            name: the layer's name, for the message.
+        """
+        problem = self._problem()
+        if problem:
+            raise LayerError(f"layer {name!r}: impossible description: {problem}")
+
+    def _problem(self) -> str | None:
+        if self.kind not in KINDS:
+            return f"kind {self.kind!r} is not one of {', '.join(KINDS)}"
+        if self.in_channels < 1 or self.out_channels < 1 or self.groups < 1:
+            return "channels and groups must be at least 1"
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            return f"groups={self.groups} does not divide the channels"
+        convolution = self.kind.startswith("conv")
+        if (self.dims not in _CONV) if convolution else (self.dims != 0):
+            return f"{self.kind} with a kernel of {self.dims} dimensions"
+        if self.padding_mode not in PADDING_MODES:
+            return f"padding_mode {self.padding_mode!r}"
+        if isinstance(self.padding, str):
+            if self.padding not in ("same", "valid"):
+                return f"padding {self.padding!r}"
+        elif len(self.padding) != self.dims or any(p < 0 for p in self.padding):
+            return f"padding {self.padding}"
+        for field in ("kernel_size", "stride", "dilation"):
+            value = getattr(self, field)
+            if len(value) != self.dims or any(v < 1 for v in value):
+                return f"{field} {value}"
+        if len(self.output_padding) != self.dims or any(p < 0 for p in self.output_padding):
+            return f"output_padding {self.output_padding}"
+        return None

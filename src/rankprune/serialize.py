@@ -1,0 +1,342 @@
+"""Saving and loading: safetensors and a plan. No pickle, nothing from a file is executed.
+
+A saved model is a folder with `plan.json` and the weights file that it names, with the sha256 of its
+content. Replacing `plan.json` is the commit point: a save first writes the new weights beside the
+old ones, then swaps the plan in, then removes what no plan refers to. A reader therefore sees the
+old model or the new one, whenever it looks and wherever a writer was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rankprune.errors import FileError, PlanError
+from rankprune.factorize import check_plan, factor_skeleton, plan_of
+from rankprune.plan import Plan
+
+PLAN = "plan.json"
+WEIGHTS = "model.safetensors"
+_WEIGHTS_NAME = re.compile(r"model(-[0-9a-f]{12})?\.safetensors")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+_MAX_PLAN_BYTES = 64 * 2**20
+
+
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    plan: Plan | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Save a model, factorised or dense, as a folder of safetensors and plan.
+
+    Args:
+        model: what to save; its own code is not saved.
+        folder: created where missing.
+        plan: the plan that it was factorised with, to keep the reasons of layers left dense;
+            without it, the factorised layers' own.
+        metadata: JSON values that are kept in the plan (the model's name, the data set).
+        overwrite: replace a model that is there already.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileError: the folder holds a model already, or cannot be written; what was there stays.
+    """
+    folder = Path(folder)
+    described = _described(model, plan).with_metadata(**(metadata or {}))
+    if (folder / PLAN).exists() and not overwrite:
+        raise FileError(
+            f"{folder}: holds a saved model already; choose another folder or overwrite it"
+        )
+    tensors, aliases = _unique_tensors(model)
+    with _reporting(folder, "write"):
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_stale(folder)
+        with _temporary(folder, WEIGHTS) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            digest = file_sha256(temporary)
+            name = WEIGHTS
+            if (folder / WEIGHTS).exists():
+                name = f"model-{digest[:12]}.safetensors"
+            _commit(temporary, folder / name)
+        document = json.loads(described.to_json())
+        document["weights"] = {"file": name, "sha256": digest, "aliases": aliases}
+        write_atomically(folder / PLAN, json.dumps(document, indent=1, allow_nan=False).encode())
+        for other in folder.iterdir():
+            if _WEIGHTS_NAME.fullmatch(other.name) and other.name != name:
+                other.unlink(missing_ok=True)
+    return folder
+
+
+def load(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """Load a saved model into a freshly built dense model.
+
+    Everything is checked before the model is touched: the content's hash, that the plan's layers
+    are the model's, and that names and shapes agree.
+
+    Args:
+        model: the dense architecture, with any weights; it is changed in place.
+        folder: what `save` wrote.
+
+    Returns:
+        The model, with the saved factors and weights on its own device.
+
+    Raises:
+        FileError: missing, damaged or tampered files, or files of another model.
+        PlanError: a malformed plan, or one of another model.
+    """
+    plan, weights, aliases = _open(Path(folder))
+    check_plan(model, plan.factorized)
+    _check_names(model, plan, weights, aliases, Path(folder))
+    factor_skeleton(model, plan.factorized)
+    slots = model.state_dict(keep_vars=True)
+    for key, slot in slots.items():
+        value = weights[aliases.get(key, key)]
+        if slot.dtype != value.dtype:
+            slot.data = slot.data.to(value.dtype)
+        with torch.no_grad():
+            slot.copy_(value)
+    return model
+
+
+def read_plan(folder: str | os.PathLike[str]) -> Plan:
+    """The plan of a saved model, without its weights.
+
+    Raises:
+        FileError: the folder or its plan is missing or cannot be read.
+        PlanError: the plan is malformed.
+    """
+    return _read_document(Path(folder))[0]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        FileError: it cannot be written; the old file is as it was.
+    """
+    with _reporting(path, "write"), _temporary(path.parent, path.name) as temporary:
+        with open(temporary, "wb") as stream:
+            stream.write(content)
+        _commit(temporary, path)
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Read a regular file of at most `limit` bytes.
+
+    Raises:
+        FileError: missing, not a regular file, too large or unreadable.
+    """
+    with _reporting(path, "read"):
+        if path.is_symlink() or not path.is_file():
+            what = "a symbolic link" if path.is_symlink() else "not a file"
+            raise FileError(f"{path}: {what if path.exists() else 'no such file'}")
+        size = path.stat().st_size
+        if size > limit:
+            raise FileError(f"{path}: {size} bytes, more than the {limit} that such a file may have")
+        return path.read_bytes()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        FileError: missing, truncated, or not safetensors.
+    """
+    with _reporting(path, "read"):
+        if not path.is_file():
+            raise FileError(f"{path}: no such file")
+        try:
+            with safe_open(path, framework="pt") as archive:
+                return {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
+        except (SafetensorError, ValueError, RuntimeError) as error:
+            raise FileError(f"{path}: not a complete safetensors file: {error}") from None
+
+
+# -- inside --------------------------------------------------------------------------------------
+
+
+def _described(model: nn.Module, plan: Plan | None) -> Plan:
+    found = plan_of(model)
+    if plan is None:
+        return found
+    if [layer.name for layer in plan.factorized] != [layer.name for layer in found.layers] or any(
+        planned.rank != real.rank or planned.scheme != real.scheme
+        for planned, real in zip(plan.factorized, found.layers, strict=True)
+    ):
+        raise PlanError("the plan is not the one that this model was factorised with")
+    return plan
+
+
+def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to write, and for names that share one, the name under which it is written."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in first:
+            aliases[key] = first[id(tensor)]
+            continue
+        first[id(tensor)] = key
+        # an own copy: two views of one storage are two tensors in the file
+        tensors[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return tensors, aliases
+
+
+def _read_document(folder: Path) -> tuple[Plan, dict[str, Any]]:
+    if not folder.is_dir():
+        raise FileError(f"{folder}: no such folder")
+    path = folder / PLAN
+    content = read_bytes(path, _MAX_PLAN_BYTES)
+    try:
+        text = content.decode()
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{path}: not valid JSON: {error}") from None
+    plan = Plan.from_json(text, str(path))
+    return plan, _weights_entry(path, document)
+
+
+def _weights_entry(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    entry = document.get("weights")
+    if not isinstance(entry, dict) or set(entry) != {"file", "sha256", "aliases"}:
+        raise PlanError(f"{path}: 'weights' must name file, sha256 and aliases")
+    name, digest, aliases = entry["file"], entry["sha256"], entry["aliases"]
+    if not isinstance(name, str) or not _WEIGHTS_NAME.fullmatch(name):
+        raise PlanError(f"{path}: refused weights file name {str(name)[:80]!r}")
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise PlanError(f"{path}: 'sha256' must be 64 hexadecimal digits")
+    if not isinstance(aliases, dict) or not all(isinstance(v, str) for v in aliases.values()):
+        raise PlanError(f"{path}: 'aliases' must map names to names")
+    return entry
+
+
+def _open(folder: Path) -> tuple[Plan, dict[str, Tensor], dict[str, str]]:
+    plan, entry = _read_document(folder)
+    path = folder / entry["file"]
+    if not path.exists():
+        # a concurrent save may have committed a newer plan and removed these weights
+        plan, entry = _read_document(folder)
+        path = folder / entry["file"]
+    with _reporting(path, "read"):
+        if path.is_symlink() or not path.is_file():
+            raise FileError(f"{path}: missing, or not a regular file")
+        digest = file_sha256(path)
+    if digest != entry["sha256"]:
+        raise FileError(
+            f"{path}: damaged or changed: its sha256 is {digest[:12]}…, the plan says "
+            f"{entry['sha256'][:12]}…; get a fresh copy"
+        )
+    return plan, read_tensors(path), entry["aliases"]
+
+
+def _check_names(
+    model: nn.Module,
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    aliases: Mapping[str, str],
+    folder: Path,
+) -> None:
+    """Compare names and shapes with what the factorised model will have."""
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    for entry in plan.factorized:
+        for name in (entry.name, *entry.tied):
+            bias = expected.pop(f"{name}.bias", None)
+            expected.pop(f"{name}.weight", None)
+            for position, spec in enumerate(entry.factors()):
+                expected[f"{name}.{position}.weight"] = spec.weight_shape
+            if bias is not None:
+                expected[f"{name}.1.bias"] = bias
+    compare_shapes(
+        expected,
+        {key: tuple(tensor.shape) for key, tensor in weights.items()}
+        | {key: tuple(weights[name].shape) for key, name in aliases.items() if name in weights},
+        str(folder),
+    )
+
+
+def compare_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str
+) -> None:
+    """Raise `FileError` that lists the first differences between a model and a file."""
+    missing = [key for key in expected if key not in found]
+    extra = [key for key in found if key not in expected]
+    other = [key for key in expected if key in found and expected[key] != found[key]]
+    if not (missing or extra or other):
+        return
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} missing, such as {missing[0]!r}")
+    if extra:
+        parts.append(f"{len(extra)} unknown, such as {extra[0]!r}")
+    if other:
+        key = other[0]
+        parts.append(
+            f"{len(other)} of another shape, such as {key!r}: {found[key]} in the file, "
+            f"{expected[key]} in the model"
+        )
+    raise FileError(f"{source}: weights of another model: {'; '.join(parts)}")
+
+
+@contextlib.contextmanager
+def _reporting(path: Path, verb: str) -> Iterator[None]:
+    """Turn the system's errors into ours, with the path and the reason."""
+    try:
+        yield
+    except FileError:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FileError(f"{path}: cannot {verb}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path, name: str) -> Iterator[Path]:
+    path = folder / f".{name}.{secrets.token_hex(8)}.tmp"
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _commit(temporary: Path, path: Path) -> None:
+    """Make a temporary file durable under its name."""
+    with open(temporary, "rb+") as stream:
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove temporaries that a killed writer left behind."""
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+

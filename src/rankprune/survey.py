@@ -1,0 +1,197 @@
+"""Which layers a model has, which of them can be factorised, and why the others cannot."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from rankprune.layers import LayerSpec
+from rankprune.linalg import check_finite, singular_values
+from rankprune.profile import Profile, factor_flops
+from rankprune.ranks import Spectrum
+from rankprune.schemes import Scheme
+
+# These read their sub-layers' weights directly, so a replaced sub-layer would never be called.
+_READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A parametrised layer of a model, at the first of its names.
+
+    Attributes:
+        name: qualified name.
+        module: the layer.
+        spec: its numbers, or None where its type is not supported.
+        obstacle: why it cannot be factorised; empty where it can.
+        tied: names of further layers that hold the same weight.
+        dense_params: parameters, those shared within the site once.
+        dense_flops: FLOPs of all its calls, or None where not measured.
+        input_shapes: what it is called with, one entry a call.
+    """
+
+    name: str
+    module: nn.Module
+    spec: LayerSpec | None
+    obstacle: str
+    tied: tuple[str, ...]
+    dense_params: int
+    dense_flops: int | None
+    input_shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight, detached."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+    def bias_params(self) -> int:
+        """Parameters that factorising does not touch."""
+        assert self.spec is not None
+        return self.dense_params - self.spec.weight_numel
+
+    def spectrum(self, scheme: Scheme) -> Spectrum:
+        """Singular values of the weight's matrices under a scheme.
+
+        Raises:
+            NumericsError: the weight holds NaN or infinity.
+        """
+        assert self.spec is not None
+        check_finite(self.weight, self.name)
+        values = singular_values(scheme.to_matrix(self.spec, self.weight))
+        return Spectrum(values, scheme.matrix_shape(self.spec))
+
+    def unit_flops(self, scheme: Scheme) -> int | None:
+        """FLOPs that one unit of rank costs, or None where not measured."""
+        assert self.spec is not None
+        if self.dense_flops is None:
+            return None
+        return factor_flops(scheme.factor_specs(self.spec, 1), self.input_shapes)
+
+
+def tensor_key(tensor: Tensor) -> tuple[str, int]:
+    """Identity of a tensor's memory, to find tied weights; of the object where it has none."""
+    address = 0 if tensor.is_meta else tensor.data_ptr()
+    return ("memory", address) if address else ("object", id(tensor))
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    return list(module.parameters(recurse=False))
+
+
+def survey(model: nn.Module, cost: Profile | None = None) -> list[Site]:
+    """List every layer with a matrix-like parameter, in the model's order.
+
+    Layers with vectors alone (normalisation, scales) are not listed. A module that stands at
+    several names is one site; so are supported layers of equal shape that share one weight.
+
+    Args:
+        model: any module.
+        cost: its profile, where example inputs are at hand.
+    """
+    parents = {
+        f"{prefix}.{child}" if prefix else child: module
+        for prefix, module in model.named_modules()
+        for child, _ in module.named_children()
+    }
+    layers: dict[str, nn.Module] = {
+        name: module
+        for name, module in model.named_modules()
+        if any(parameter.dim() >= 2 for parameter in _own_parameters(module))
+        or is_parametrized(module)
+    }
+    owners: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
+    for name, module in layers.items():
+        for parameter in _own_parameters(module):
+            owners[tensor_key(parameter)].append(name)
+    merged: set[str] = set()
+    sites = []
+    for name, module in layers.items():
+        if name in merged:
+            continue
+        spec = LayerSpec.of(module)
+        obstacle = _obstacle(module, spec, parents.get(name))
+        if not name:
+            obstacle = "the model is this one layer; wrap it in nn.Sequential to factorise it"
+        tied: tuple[str, ...] = ()
+        if spec is not None and not obstacle:
+            assert isinstance(module.weight, Tensor)
+            tied = tuple(other for other in owners[tensor_key(module.weight)] if other != name)
+            odd = next((other for other in tied if not _same(spec, layers[other])), None)
+            if odd is not None:
+                obstacle, tied = f"weight is shared with {odd} ({_type(layers[odd])})", ()
+        merged.update(tied)
+        names = (name, *tied)
+        flops, shapes = _measured(cost, names)
+        if cost is not None and not obstacle and not shapes:
+            obstacle = "not called in the forward pass"
+        if shapes and any(not shape for shape in shapes):
+            obstacle = obstacle or "called without a tensor"
+        sites.append(
+            Site(
+                name=name,
+                module=module,
+                spec=spec,
+                obstacle=obstacle,
+                tied=tied,
+                dense_params=_count(layers[member] for member in names),
+                dense_flops=flops,
+                input_shapes=shapes,
+            )
+        )
+    return sites
+
+
+def _type(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _same(spec: LayerSpec, other: nn.Module) -> bool:
+    """Whether another owner of the weight computes the same linear map."""
+    described = LayerSpec.of(other)
+    return described is not None and (described.kind, described.weight_shape) == (
+        spec.kind,
+        spec.weight_shape,
+    )
+
+
+def _obstacle(module: nn.Module, spec: LayerSpec | None, parent: nn.Module | None) -> str:
+    if is_parametrized(module):
+        return "weight is parametrised (torch.nn.utils.parametrize)"
+    if spec is None:
+        return f"{_type(module)} is not supported"
+    if not math.prod(spec.weight_shape):
+        return "the weight is empty"
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter):
+        return "weight is not a parameter (weight_norm or pruning is active)"
+    if not weight.is_floating_point():
+        return f"weight has dtype {str(weight.dtype).removeprefix('torch.')}"
+    if isinstance(parent, _READS_WEIGHTS):
+        return f"{_type(parent)} reads this weight directly"
+    return ""
+
+
+def _measured(
+    cost: Profile | None, names: tuple[str, ...]
+) -> tuple[int | None, tuple[tuple[int, ...], ...]]:
+    if cost is None:
+        return None, ()
+    found = [cost.layers[name] for name in names if name in cost.layers]
+    shapes = tuple(shape for layer in found for shape in layer.input_shapes)
+    return sum(layer.flops for layer in found), shapes
+
+
+def _count(modules: Iterable[nn.Module]) -> int:
+    unique = {
+        tensor_key(parameter): parameter.numel()
+        for module in modules
+        for parameter in _own_parameters(module)
+    }
+    return sum(unique.values())
