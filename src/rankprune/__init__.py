@@ -6,39 +6,48 @@
 >>> compact = rp.factorize(model, plan)
 >>> rp.count_params(compact) / rp.count_params(model) <= 0.5
 True
+
+Public names are imported when they are first used, so that the command line answers before torch
+is loaded.
 """
 
-from rankprune.errors import (
-    BudgetError,
-    ConfigError,
-    FileError,
-    LayerError,
-    MissingExtraError,
-    NumericsError,
-    PlanError,
-    RankPruneError,
-)
-from rankprune.factorize import LowRank, defactorize, factorize, plan_of
-from rankprune.layers import LayerSpec
-from rankprune.plan import LayerPlan, Plan
-from rankprune.planner import Budget, LayerConfig, make_plan
-from rankprune.profile import Profile, count_bytes, count_params, profile
-from rankprune.ranks import (
-    EVBMF,
-    Energy,
-    FixedRank,
-    RankRule,
-    Ratio,
-    Spectrum,
-    StableRank,
-    Threshold,
-)
-from rankprune.report import Report, report
-from rankprune.schemes import SCHEMES, MatrixShape, Scheme
-from rankprune.serialize import load, read_plan, save
-from rankprune.training import TRP, Controller, attach
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from rankprune._version import __version__
+
+if TYPE_CHECKING:
+    from rankprune.errors import (
+        BudgetError,
+        ConfigError,
+        FileError,
+        LayerError,
+        MissingExtraError,
+        NumericsError,
+        PlanError,
+        RankPruneError,
+    )
+    from rankprune.factorize import LowRank, defactorize, factorize, plan_of
+    from rankprune.layers import LayerSpec
+    from rankprune.plan import LayerPlan, Plan
+    from rankprune.planner import Budget, LayerConfig, make_plan
+    from rankprune.profile import Profile, count_bytes, count_params, profile
+    from rankprune.ranks import (
+        EVBMF,
+        Energy,
+        FixedRank,
+        RankRule,
+        Ratio,
+        Spectrum,
+        StableRank,
+        Threshold,
+    )
+    from rankprune.report import Report, report
+    from rankprune.schemes import SCHEMES, MatrixShape, Scheme
+    from rankprune.serialize import load, read_plan, save
+    from rankprune.training import TRP, Controller, attach
 
 __all__ = [
     "EVBMF",
@@ -70,6 +79,7 @@ __all__ = [
     "Spectrum",
     "StableRank",
     "Threshold",
+    "__version__",
     "attach",
     "count_bytes",
     "count_params",
@@ -83,3 +93,41 @@ __all__ = [
     "report",
     "save",
 ]
+
+_MODULES = {
+    "errors": "BudgetError ConfigError FileError LayerError MissingExtraError NumericsError "
+    "PlanError RankPruneError",
+    "factorize": "LowRank defactorize factorize plan_of",
+    "layers": "LayerSpec",
+    "plan": "LayerPlan Plan",
+    "planner": "Budget LayerConfig make_plan",
+    "profile": "Profile count_bytes count_params profile",
+    "ranks": "EVBMF Energy FixedRank RankRule Ratio Spectrum StableRank Threshold",
+    "report": "Report report",
+    "schemes": "SCHEMES MatrixShape Scheme",
+    "serialize": "load read_plan save",
+    "training": "TRP Controller attach",
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
+
+
+class _Package(types.ModuleType):
+    """The package, with public names that come on first use."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{self.__name__}.{_HOMES[name]}"), name)
+        super().__setattr__(name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # importing the module `report` must not hide the function of that name
+        if not (name in _HOMES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *_HOMES})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankprune._version import __version__
+from rankprune.errors import FileError
 from rankprune.factorize import low_rank_layers, plan_of
 from rankprune.plan import LayerPlan, Plan, format_change, format_count, format_matrix
 from rankprune.profile import ExampleInputs, Profile, call, evaluating, profile
@@ -77,6 +79,25 @@ class Report:
             "max_logit_error": self.max_logit_error,
             "environment": self.environment,
         }
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Report:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            FileError: a key is missing or unknown.
+        """
+        try:
+            return cls(
+                dense=Cost(**document["dense"]),
+                compact=Cost(**document["compact"]),
+                layers=tuple(LayerReport(**layer) for layer in document["layers"]),
+                max_logit_error=document["max_logit_error"],
+                projected_accuracy=document["projected"]["accuracy"],
+                environment=document["environment"],
+            )
+        except (KeyError, TypeError) as error:
+            raise FileError(f"not a rankprune report: {error}") from None
 
     def __str__(self) -> str:
         table = [("layer", "scheme", "matrix", "rank", "energy", "params", "FLOPs")]
@@ -168,8 +189,6 @@ def report(
 
 def environment() -> dict[str, Any]:
     """Versions and device that a figure depends on."""
-    from rankprune import __version__
-
     return {
         "rankprune": __version__,
         "torch": torch.__version__,

@@ -1,0 +1,1 @@
+"""Data sets, models and the training run behind the command line."""

@@ -1,0 +1,122 @@
+"""Batches whose content depends on the seed, the epoch and the position, and on nothing else.
+
+So a run can stop after any batch and go on with the next, with any number of worker processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from rankprune.errors import ConfigError
+from rankprune.recipes.data import ImageData, Images
+
+
+def seed_for(*parts: int) -> int:
+    """A seed that differs wherever one of its parts does."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class Normalise:
+    """uint8 [n, C, H, W] to normalised floats on a device.
+
+    Args:
+        data: gives mean and standard deviation.
+        device: where the batches go.
+    """
+
+    def __init__(self, data: ImageData, device: torch.device) -> None:
+        self.device = device
+        self.mean = torch.tensor(data.mean, device=device).view(1, -1, 1, 1) * 255
+        self.std = torch.tensor(data.std, device=device).view(1, -1, 1, 1) * 255
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        images = pixels.to(self.device, non_blocking=True).float()
+        return ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+
+class _TrainBatches(Dataset[tuple[Tensor, Tensor]]):
+    """One epoch's batches of one process."""
+
+    def __init__(
+        self, data: ImageData, batch: int, seed: int, epoch: int, share: slice, augment: bool
+    ) -> None:
+        self.images, self.batch, self.seed, self.epoch = data.train, batch, seed, epoch
+        self.share = share
+        generator = torch.Generator().manual_seed(seed_for(seed, epoch))
+        self.order = torch.randperm(len(self.images), generator=generator).tolist()
+        self.augment = _augmentation(data) if augment else None
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        positions = self.order[index * self.batch : (index + 1) * self.batch][self.share]
+        rank = self.share.start or 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_for(self.seed, self.epoch, index, rank))
+            images = self.images.fetch(positions, train=self.augment is not None)
+            if self.augment is not None:
+                images = [self.augment(image) for image in images]
+        return torch.stack(images), self.images.labels[positions]
+
+
+def steps_per_epoch(images: Images, batch: int) -> int:
+    """Full batches in an epoch; the last incomplete one is left out."""
+    return len(images) // batch
+
+
+def train_batches(
+    data: ImageData,
+    *,
+    batch: int,
+    seed: int,
+    epoch: int,
+    first: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    augment: bool = True,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of an epoch, from the `first` on: uint8 images and labels of this process.
+
+    Raises:
+        ConfigError: the batch cannot be shared by the processes, or exceeds the training images.
+    """
+    if batch % world:
+        raise ConfigError(f"batch_size={batch} cannot be shared by {world} processes")
+    count = steps_per_epoch(data.train, batch)
+    if not count:
+        raise ConfigError(
+            f"batch_size={batch} exceeds the {len(data.train)} training images; lower it"
+        )
+    dataset = _TrainBatches(data, batch, seed, epoch, slice(rank, None, world), augment)
+    loader = DataLoader(
+        dataset, batch_size=None, sampler=range(first, count), num_workers=workers
+    )
+    yield from loader
+
+
+def eval_batches(
+    images: Images, batch: int, *, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images of this process in order, the last batch as short as it comes."""
+    positions = range(rank, len(images), world)
+    for start in range(0, len(positions), batch):
+        chosen = list(positions[start : start + batch])
+        yield torch.stack(images.fetch(chosen, train=False)), images.labels[chosen]
+
+
+def _augmentation(data: ImageData):  # type: ignore[no-untyped-def]
+    """Shift by up to an eighth of the side, and mirror where that keeps the class."""
+    from torchvision.transforms import v2
+
+    side = data.shape[1]
+    steps: list[torch.nn.Module] = []
+    if data.crop:
+        steps.append(v2.RandomCrop(side, padding=max(1, side // 8)))
+    if data.flip:
+        steps.append(v2.RandomHorizontalFlip())
+    return v2.Compose(steps) if steps else v2.Identity()

@@ -1,0 +1,241 @@
+"""From weights to a compact model without training, and a look at what could be gained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankprune.errors import ConfigError, FileError
+from rankprune.factorize import factorize, low_rank_layers
+from rankprune.plan import Plan, format_matrix
+from rankprune.planner import Budget, make_plan
+from rankprune.ranks import EVBMF, Energy, RankRule, StableRank
+from rankprune.recipes.data import ImageData
+from rankprune.recipes.evaluate import evaluate
+from rankprune.recipes.models import build_model, is_trusted_name
+from rankprune.recipes.weights import load_weights, read_state_dict
+from rankprune.report import Report, report
+from rankprune.schemes import applicable
+from rankprune.serialize import read_plan, save
+from rankprune.survey import survey
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model with weights, and what is known about its inputs.
+
+    Attributes:
+        model: in eval mode.
+        shape: C, H, W of an input image.
+        metadata: what a saved model needs in order to be built again.
+    """
+
+    model: nn.Module
+    shape: tuple[int, int, int]
+    metadata: Mapping[str, Any]
+
+    def example_inputs(self) -> torch.Tensor:
+        """Random pixels, the same every time; blank ones would hide differences."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(1, *self.shape, generator=generator)
+
+
+def open_source(
+    weights: Path | None,
+    *,
+    model: str | None = None,
+    shape: tuple[int, int, int] | None = None,
+    classes: int | None = None,
+    data: ImageData | None = None,
+) -> Source:
+    """Build a model and load its weights.
+
+    Args:
+        weights: a folder that rankprune saved, a state dict, a training checkpoint, or None for
+            the model library's pretrained weights.
+        model: its name; a saved folder knows it, unless it is the user's own function.
+        shape: C, H, W of an input image; a saved folder or the data set knows it.
+        classes: number of outputs; a saved folder or the data set knows it, else it is read off
+            the weights' last bias.
+        data: the data set that goes with it, if any.
+
+    Raises:
+        ConfigError: the name or the shape is not known.
+        FileError: the weights are missing, damaged, or another model's.
+    """
+    metadata: dict[str, Any] = {}
+    if weights is not None and weights.is_dir():
+        metadata = dict(read_plan(weights).metadata)
+    name = model or _recorded_name(metadata, weights)
+    if data is not None:
+        shape, classes = data.shape, len(data.classes)
+    shape = shape or _recorded_shape(metadata, weights)
+    if classes is None and isinstance(metadata.get("classes"), list):
+        classes = len(metadata["classes"])
+    if classes is None and weights is not None and weights.is_file():
+        classes = _last_bias(weights)
+    network = build_model(
+        name, classes=classes or 1000, channels=shape[0], pretrained=weights is None
+    )
+    if weights is not None:
+        network = load_weights(network, weights)
+    metadata |= {"model": name, "shape": list(shape)}
+    if data is not None:
+        metadata |= {
+            "classes": list(data.classes),
+            "mean": list(data.mean),
+            "std": list(data.std),
+        }
+    return Source(network.eval(), shape, metadata)
+
+
+def compress(
+    source: Source,
+    target: RankRule | Budget,
+    *,
+    scheme: str = "auto",
+    multiple_of: int = 1,
+    data: ImageData | None = None,
+) -> tuple[nn.Module, Plan, Report]:
+    """Plan, factorise, and compare; with a data set also the accuracies on its test part.
+
+    Raises:
+        ConfigError: the source is factorised already.
+        BudgetError: the budget cannot be met.
+    """
+    _require_dense(source)
+    inputs = source.example_inputs()
+    plan = make_plan(
+        source.model, target, scheme=scheme, example_inputs=inputs, multiple_of=multiple_of
+    )
+    compact = factorize(source.model, plan)
+    accuracies: dict[str, float | None] = {}
+    if data is not None:
+        for key, network in (("dense", source.model), ("compact", compact)):
+            result = evaluate(network, data.test, data, device=torch.device("cpu"))
+            accuracies[key] = result["accuracy"]
+    summary = report(
+        source.model, compact, example_inputs=inputs, plan=plan, accuracies=accuracies
+    )
+    return compact, plan, summary
+
+
+def save_compact(
+    compact: nn.Module, plan: Plan, source: Source, folder: Path, *, force: bool
+) -> None:
+    """Save a compact model with what is needed to build it again.
+
+    Raises:
+        FileError: the folder is not empty, and not forced.
+    """
+    if folder.exists() and not force and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileError(f"{folder}: exists already; choose another --out or add --force")
+    save(compact, folder, plan=plan, metadata=source.metadata, overwrite=force)
+
+
+def inspect_layers(source: Source, scheme: str = "auto") -> list[dict[str, Any]]:
+    """Spectrum and effective ranks of every layer under every scheme that fits it.
+
+    Returns:
+        One mapping a layer and scheme: "name", "type", "scheme", "matrix", "max_rank",
+        "break_even" (in parameters), "stable_rank", "effective_rank" (exponential of the spectrum's
+        entropy; Roy and Vetterli 2007), "energy_90", "energy_98" and "evbmf" (ranks by these
+        rules), and "values", the singular values. Layers that cannot be factorised have a "reason".
+    """
+    _require_dense(source)
+    rows: list[dict[str, Any]] = []
+    for site in survey(source.model):
+        row: dict[str, Any] = {"name": site.name, "type": type(site.module).__name__}
+        schemes, reason = ([], site.obstacle)
+        if site.spec is not None and not site.obstacle:
+            schemes, reason = applicable(site.spec, scheme)
+        if not schemes:
+            rows.append(row | {"reason": reason})
+        for option in schemes:
+            assert site.spec is not None
+            spectrum = site.spectrum(option)
+            rows.append(
+                row
+                | {
+                    "scheme": option.name,
+                    "matrix": format_matrix(spectrum.shape),
+                    "max_rank": spectrum.shape.max_rank,
+                    "break_even": math.ceil(
+                        site.spec.weight_numel / option.unit_params(site.spec)
+                    ),
+                    "stable_rank": StableRank().select(spectrum),
+                    "effective_rank": round(_effective_rank(spectrum.values), 1),
+                    "energy_90": Energy(0.9).select(spectrum),
+                    "energy_98": Energy(0.98).select(spectrum),
+                    "evbmf": EVBMF().select(spectrum),
+                    "values": spectrum.values.square().sum(0).sqrt().tolist(),
+                }
+            )
+    return rows
+
+
+def plot_spectra(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw every layer's singular values, relative to the largest, into a PNG.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        FileError: the picture cannot be written.
+    """
+    from rankprune.recipes.plots import spectra_figure
+
+    figure = spectra_figure([row for row in rows if "values" in row])
+    try:
+        figure.savefig(path, format="png", dpi=110)
+    except OSError as error:
+        raise FileError(f"{path}: cannot write: {error.strerror}") from None
+
+
+def _effective_rank(values: torch.Tensor) -> float:
+    share = values.square().sum(0)
+    total = share.sum()
+    if total == 0:
+        return 1.0
+    share = share.sqrt() / share.sqrt().sum()
+    return float(torch.special.entr(share).sum().exp())
+
+
+def _require_dense(source: Source) -> None:
+    factorized = low_rank_layers(source.model)
+    if factorized:
+        raise ConfigError(
+            f"the model is factorised already ({len(factorized)} layers, such as "
+            f"{next(iter(factorized))!r}); give its dense weights"
+        )
+
+
+def _recorded_name(metadata: Mapping[str, Any], weights: Path | None) -> str:
+    name = metadata.get("model")
+    if not isinstance(name, str):
+        raise ConfigError("give the model's name with --model; the weights do not tell it")
+    if not is_trusted_name(name):
+        raise ConfigError(
+            f"{weights}: was saved from the function {name!r}; rankprune runs no code that a file "
+            f"names: confirm it with --model {name}"
+        )
+    return name
+
+
+def _recorded_shape(metadata: Mapping[str, Any], weights: Path | None) -> tuple[int, int, int]:
+    shape = metadata.get("shape")
+    if isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape):
+        return shape[0], shape[1], shape[2]
+    raise ConfigError(
+        f"{weights or 'pretrained weights'}: the input's shape is not known; give --input-size, "
+        "such as 3x224x224, or --data"
+    )
+
+
+def _last_bias(path: Path) -> int | None:
+    vectors = [tensor for tensor in read_state_dict(path).values() if tensor.dim() == 1]
+    return len(vectors[-1]) if vectors else None

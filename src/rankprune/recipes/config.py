@@ -1,0 +1,206 @@
+"""The options of a run: validated, written next to its result, and read back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rankprune.errors import ConfigError, FileError, near
+from rankprune.planner import Budget
+from rankprune.ranks import EVBMF, Energy, FixedRank, RankRule, Ratio, StableRank, Threshold
+from rankprune.schemes import SCHEMES
+from rankprune.serialize import read_bytes
+
+_MAX_CONFIG_BYTES = 2**20
+
+
+class TrainConfig(BaseModel):
+    """Everything that decides the result of a training run.
+
+    Attributes:
+        data: "digits", "cifar10", "cifar100", "fake" or "imagefolder:DIR".
+        model: a pytorchcv name, "torchvision:NAME", "timm:NAME", "digits_cnn" or
+            "package.module:function".
+        data_root: where torchvision's data sets lie.
+        download: fetch a torchvision data set that is missing.
+        image_size: side of the images in pixels; None takes the data set's own.
+        pretrained: start from the model library's weights.
+        weights: start from this state dict (.safetensors, .pt or a saved folder).
+        method: "trp", or "dense" for a baseline without it.
+        baseline: also train a dense network alike, to compare with.
+        scheme: as in `make_plan`.
+        flops, params: budget as fractions of the dense network.
+        rank: a rank rule such as "energy:0.98", instead of a budget.
+        every: period of projections in steps.
+        start, descent: as shares of the run: when projections start, and how long the budget takes
+            from there to come down to its target.
+        nuclear, nuclear_mode, nuclear_when: as in `TRP`.
+        multiple_of: ranks are multiples of this.
+        epochs: passes over the training part.
+        batch_size: images of one optimizer step, over all processes.
+        optimizer: "sgd" (momentum 0.9) or "adamw".
+        lr: learning rate at its highest.
+        weight_decay: of the optimizer.
+        schedule: "onecycle", "cosine" or "multistep" (÷10 at 50 % and at 75 %).
+        label_smoothing: of the cross-entropy.
+        precision: of training; evaluation is always fp32.
+        val_fraction: share of the training images kept for validation, where the data set has no
+            validation part of its own.
+        augment: crop and flip the training images.
+        seed: of weights, order, augmentation and split.
+        workers: processes that prepare batches; 0 prepares them in the training process. The
+            result does not depend on it.
+        checkpoint_every: steps between checkpoints; one is always written after an epoch.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str
+    model: str
+    data_root: str = "data"
+    download: bool = False
+    image_size: int | None = Field(default=None, ge=1)
+    pretrained: bool = False
+    weights: str | None = None
+    method: Literal["trp", "dense"] = "trp"
+    baseline: bool = False
+    scheme: str = "auto"
+    flops: float | None = None
+    params: float | None = None
+    rank: str | None = None
+    every: int = Field(default=20, ge=1)
+    start: float = Field(default=0.1, ge=0, lt=1)
+    descent: float = Field(default=0.4, ge=0, le=1)
+    nuclear: float = Field(default=3e-4, ge=0)
+    nuclear_mode: Literal["gradient", "decoupled"] = "gradient"
+    nuclear_when: Literal["projection", "step"] = "projection"
+    multiple_of: int = Field(default=1, ge=1)
+    epochs: int = Field(default=30, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(default=0.1, gt=0)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    schedule: Literal["onecycle", "cosine", "multistep"] = "onecycle"
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    val_fraction: float = Field(default=0.1, gt=0, lt=1)
+    augment: bool = True
+    seed: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0)
+    checkpoint_every: int = Field(default=200, ge=1)
+
+    def target(self) -> RankRule | Budget:
+        """What the run aims at.
+
+        Raises:
+            ConfigError: none or more than one of flops / params and rank.
+        """
+        budget = self.flops is not None or self.params is not None
+        if budget == (self.rank is not None):
+            raise ConfigError(
+                "give a target: a budget (flops or params, as fractions of the dense network) or a "
+                "rank rule (rank, such as energy:0.98), and not both"
+            )
+        if self.rank is not None:
+            return parse_rule(self.rank)
+        return Budget(flops=self.flops, params=self.params)
+
+
+# The set-up of Xu et al. 2019, arXiv 1910.04576, section 4.1.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "epochs": 164,
+        "batch_size": 128,
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "weight_decay": 1e-4,
+        "schedule": "multistep",
+        "rank": "energy:0.98",
+        "every": 20,
+        "start": 0.0,
+        "nuclear": 3e-4,
+    },
+}
+
+
+def parse_rule(text: str) -> RankRule:
+    """Read a rank rule: a name, and a number after a colon.
+
+    >>> parse_rule("energy:0.98"), parse_rule("evbmf")
+    (Energy(keep=0.98), EVBMF(weaken=0.0))
+
+    Raises:
+        ConfigError: unknown name, or not a number.
+    """
+    name, _, value = text.partition(":")
+    optional = {"evbmf": EVBMF, "stable": StableRank}
+    required = {"energy": Energy, "ratio": Ratio, "threshold": Threshold, "relative": _relative}
+    known = [*required, "fixed", *optional]
+    if name not in known:
+        raise ConfigError(f"unknown rank rule {name!r}; {near(name, known)}")
+    try:
+        if name == "fixed":
+            return FixedRank(int(value))
+        if name in optional:
+            return optional[name](float(value)) if value else optional[name]()
+        return required[name](float(value))
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"rank rule {text!r}: {name} needs a number, as in {name}:0.5") from None
+
+
+def _relative(value: float) -> Threshold:
+    return Threshold(value, relative=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a configuration file with the safe loader.
+
+    Raises:
+        FileError: missing, too large, or not a YAML mapping.
+    """
+    try:
+        document = yaml.safe_load(read_bytes(path, _MAX_CONFIG_BYTES))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise FileError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise FileError(f"{path}: expected a mapping of options, got {type(document).__name__}")
+    return document
+
+
+def make_config(values: Mapping[str, Any]) -> TrainConfig:
+    """Validate options.
+
+    Raises:
+        ConfigError: an unknown or impossible option; the message names it.
+    """
+    try:
+        config = TrainConfig(**values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(item) for item in error.errors())) from None
+    if config.scheme != "auto" and config.scheme not in SCHEMES:
+        raise ConfigError(f"unknown scheme {config.scheme!r}; {near(config.scheme, SCHEMES)}")
+    if config.method == "trp":
+        config.target()
+    return config
+
+
+def to_yaml(config: TrainConfig) -> bytes:
+    """The resolved options, as a file that `read_yaml` reads."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False).encode()
+
+
+def _explain(item: Any) -> str:
+    name = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"unknown option {name!r}; {near(name, TrainConfig.model_fields)}"
+    if item["type"] == "missing":
+        return f"option {name!r} is missing"
+    return f"{name}={str(item['input'])[:40]!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"

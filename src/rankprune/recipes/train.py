@@ -1,0 +1,385 @@
+"""The training loop: Accelerate, TRP, checkpoints from which a run goes on bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from rankprune.errors import ConfigError, FileError, RankPruneError
+from rankprune.plan import Plan
+from rankprune.planner import Budget
+from rankprune.recipes.batches import Normalise, steps_per_epoch, train_batches
+from rankprune.recipes.checkpoint import read_checkpoint, write_checkpoint
+from rankprune.recipes.config import TrainConfig
+from rankprune.recipes.data import ImageData
+from rankprune.recipes.evaluate import evaluate
+from rankprune.serialize import write_atomically
+from rankprune.training import TRP, Controller, attach
+
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+
+
+class Interrupted(RankPruneError):
+    """A signal ended the run, after a checkpoint.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.signal = number
+
+
+class Progress:
+    """What a caller may want to show; the base class shows nothing."""
+
+    def start(self, title: str, total: int, done: int) -> None:
+        """A loop of `total` steps begins, of which `done` lie behind."""
+
+    def step(self, loss: float, rate: float) -> None:
+        """One step is done."""
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """An epoch is done and validated."""
+
+    def note(self, text: str) -> None:
+        """Something that the user should know."""
+
+    def end(self) -> None:
+        """The loop is over."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, with the realised plan where TRP was on, and the device it is on."""
+
+    model: nn.Module
+    plan: Plan | None
+    device: torch.device
+    is_main: bool
+    rank: int
+    world: int
+
+
+def effective_precision(asked: str, device: torch.device) -> tuple[str, str]:
+    """The precision to compute in, and a note where it is not the one that was asked for.
+
+    Raises:
+        ConfigError: fp16 on a CPU.
+    """
+    if device.type != "cpu" or asked == "fp32":
+        return asked, ""
+    if asked == "fp16":
+        raise ConfigError("precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return asked, ""
+    return "fp32", (
+        "this CPU has no bf16 arithmetic (AVX-512 or AMX) and emulates it many times slower: "
+        "computing in fp32"
+    )
+
+
+def fit(
+    config: TrainConfig,
+    data: ImageData,
+    model: nn.Module,
+    *,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train a model.
+
+    Args:
+        config: the options.
+        data: the data set.
+        model: with the weights to start from.
+        folder: where checkpoint and metrics go; a checkpoint that lies there is continued.
+        progress: told about every step and epoch.
+
+    Returns:
+        The model, projected a last time where TRP is on.
+
+    Raises:
+        Interrupted: by SIGINT or SIGTERM, after a checkpoint.
+    """
+    return _Run(config, data, model, folder, progress or Progress()).train()
+
+
+class _Run:
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: ImageData,
+        model: nn.Module,
+        folder: Path | None,
+        progress: Progress,
+    ) -> None:
+        self.config, self.data, self.folder, self.progress = config, data, folder, progress
+        # a process may train more than once, each time with its own precision
+        AcceleratorState._reset_state(reset_partial_state=False)
+        device = Accelerator().device
+        precision, note = effective_precision(config.precision, device)
+        if note:
+            progress.note(f"precision={config.precision}: {note}")
+        AcceleratorState._reset_state(reset_partial_state=False)
+        self.accelerator = Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision
+        )
+        self.steps = steps_per_epoch(data.train, config.batch_size)
+        if not self.steps:
+            raise ConfigError(
+                f"batch_size={config.batch_size} exceeds the {len(data.train)} training images"
+            )
+        self.total = self.steps * config.epochs
+        checkpoint = self._checkpoint()
+        if checkpoint is not None:
+            model.load_state_dict(checkpoint["model"])
+        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.bare = model
+        optimizer = _optimizer(config, model)
+        if checkpoint is not None:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        self.raw = optimizer
+        self.scheduler = _scheduler(config, optimizer, self.total)
+        self.trp = self._attach(checkpoint)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.step, self.records = 0, []
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        if checkpoint is not None:
+            self._continue(checkpoint)
+
+    def train(self) -> Trained:
+        self.progress.start(self.config.method, self.total, self.step)
+        try:
+            with _catching_signals() as caught:
+                for epoch in range(self.step // self.steps, self.config.epochs):
+                    self._epoch(epoch, caught)
+        finally:
+            self.progress.end()
+        plan = None if self.trp is None else self.trp.finish()
+        self.accelerator.wait_for_everyone()
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return Trained(
+            model,
+            plan,
+            self.accelerator.device,
+            self.accelerator.is_main_process,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+
+    def _epoch(self, epoch: int, caught: list[int]) -> None:
+        normalise = Normalise(self.data, self.accelerator.device)
+        started, before = time.perf_counter(), self.step
+        self.model.train()
+        batches = train_batches(
+            self.data,
+            batch=self.config.batch_size,
+            seed=self.config.seed,
+            epoch=epoch,
+            first=self.step % self.steps,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            workers=self.config.workers,
+            augment=self.config.augment,
+        )
+        for pixels, labels in batches:
+            self._one_step(normalise(pixels), labels.to(self.accelerator.device))
+            ended = self.step % self.steps == 0
+            if not ended and (caught or self.step % self.config.checkpoint_every == 0):
+                self._save()
+            if caught:
+                if ended:
+                    self._validate(epoch, started, before)
+                raise Interrupted(caught[0])
+        self._validate(epoch, started, before)
+
+    def _one_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        with self.accelerator.autocast():
+            logits = self.model(images)
+        loss = nn.functional.cross_entropy(
+            logits.float(), labels, label_smoothing=self.config.label_smoothing
+        )
+        self.accelerator.backward(loss)
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        count = len(labels)
+        hits = (logits.argmax(1) == labels).sum()
+        self.sums += torch.stack([loss.detach() * count, hits, hits.new_tensor(count)]).to(self.sums)
+        if not torch.isfinite(loss):
+            raise RankPruneError(
+                f"step {self.step}: the loss is {loss.item()}; lower lr or nuclear, or warm up longer"
+            )
+        self.progress.step(loss.item(), self.raw.param_groups[0]["lr"])
+
+    def _validate(self, epoch: int, started: float, before: int) -> None:
+        sums = self.accelerator.reduce(self.sums, reduction="sum")
+        loss, hits, count = sums.tolist()
+        result = evaluate(
+            self.bare,
+            self.data.val,
+            self.data,
+            device=self.accelerator.device,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+        seconds = time.perf_counter() - started
+        record = {
+            "epoch": epoch + 1,
+            "step": self.step,
+            "lr": self.raw.param_groups[0]["lr"],
+            "train_loss": loss / count,
+            "train_accuracy": hits / count,
+            "val_loss": result["loss"],
+            "val_accuracy": result["accuracy"],
+            "seconds": round(seconds, 2),
+            "images_per_second": round(
+                (self.step - before) * self.config.batch_size / seconds, 1
+            ),
+        }
+        if self.trp is not None:
+            record["ranks"] = self.trp.ranks
+        self.records.append(record)
+        self.sums.zero_()
+        self._save()
+        self.progress.epoch(record)
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def _checkpoint(self) -> dict[str, Any] | None:
+        if self.folder is None or not (self.folder / CHECKPOINT).exists():
+            return None
+        state = read_checkpoint(self.folder / CHECKPOINT)
+        if state.get("total") != self.total or "model" not in state:
+            raise FileError(
+                f"{self.folder / CHECKPOINT}: a checkpoint of another run ({state.get('total')} "
+                f"steps, this one has {self.total})"
+            )
+        return state
+
+    def _save(self) -> None:
+        if self.folder is None:
+            return
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "total": self.total,
+                "step": self.step,
+                "model": self.bare.state_dict(),
+                "optimizer": self.raw.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "trp": None if self.trp is None else self.trp.state_dict(),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "sums": self.sums,
+                "records": self.records,
+            }
+            write_checkpoint(self.folder / CHECKPOINT, state)
+            lines = "".join(json.dumps(record) + "\n" for record in self.records)
+            write_atomically(self.folder / METRICS, lines.encode())
+        self.accelerator.wait_for_everyone()
+
+    def _continue(self, state: dict[str, Any]) -> None:
+        self.step, self.records = state["step"], state["records"]
+        self.scheduler.load_state_dict(state["scheduler"])
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.sums.copy_(state["sums"])
+        torch.set_rng_state(state["rng"])
+        if torch.cuda.is_available() and state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+    def _attach(self, checkpoint: dict[str, Any] | None) -> Controller | None:
+        if self.config.method != "trp":
+            return None
+        return attach(
+            self.bare,
+            self.raw,
+            trp_options(self.config, self.total),
+            example_inputs=example_inputs(self.data, self.accelerator.device),
+            state=None if checkpoint is None else checkpoint["trp"],
+        )
+
+
+def trp_options(config: TrainConfig, total: int) -> TRP:
+    """The TRP options of a run of this many steps."""
+    target = config.target()
+    return TRP(
+        rank=target,
+        scheme=config.scheme,
+        multiple_of=config.multiple_of,
+        every=config.every,
+        start=round(config.start * total),
+        descent=round(config.descent * total) if isinstance(target, Budget) else 0,
+        nuclear=config.nuclear,
+        nuclear_mode=config.nuclear_mode,
+        nuclear_when=config.nuclear_when,
+    )
+
+
+def example_inputs(data: ImageData, device: torch.device | str = "cpu") -> torch.Tensor:
+    """One blank image, to count FLOPs with."""
+    return torch.zeros(1, *data.shape, device=device)
+
+
+def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            model.parameters(), lr=config.lr, weight_decay=config.weight_decay
+        )
+    return torch.optim.SGD(
+        model.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay
+    )
+
+
+def _scheduler(
+    config: TrainConfig, optimizer: torch.optim.Optimizer, total: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if config.schedule == "multistep":
+        milestones = [total // 2, total * 3 // 4]
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
+    if config.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.lr, total_steps=total + 1, cycle_momentum=False
+    )
+
+
+@contextlib.contextmanager
+def _catching_signals() -> Iterator[list[int]]:
+    """Note SIGINT and SIGTERM instead of dying of them; a second one acts as usual."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: Any) -> None:
+        caught.append(number)
+        signal.signal(number, previous[signal.Signals(number)])
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,85 @@
+"""Reading weights that somebody has: a saved folder, safetensors, or a torch state dict."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankprune.errors import FileError
+from rankprune.recipes.checkpoint import is_checkpoint, read_checkpoint
+from rankprune.serialize import compare_shapes, load, read_tensors
+
+_NESTED = ("state_dict", "model", "model_state_dict")
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def load_weights(model: nn.Module, path: Path) -> nn.Module:
+    """Load weights into a freshly built model.
+
+    Args:
+        model: the architecture; it is changed in place, once the file has been checked.
+        path: a folder that `rankprune.save` wrote, a .safetensors file, a state dict written by
+            torch.save (read without running code), or a training run's checkpoint.
+
+    Returns:
+        The model; factorised where the folder holds a factorised one.
+
+    Raises:
+        FileError: missing, damaged, refused, or weights of another model.
+    """
+    if path.is_dir():
+        return load(model, path)
+    state = read_state_dict(path)
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    compare_shapes(expected, {key: tuple(value.shape) for key, value in state.items()}, str(path))
+    model.load_state_dict(state)
+    return model
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file, without the prefixes that wrappers add.
+
+    Raises:
+        FileError: missing, damaged, or holding anything but tensors.
+    """
+    state: Any
+    if path.suffix == ".safetensors":
+        state = read_tensors(path)
+    elif path.is_file() and is_checkpoint(path):
+        state = read_checkpoint(path).get("model")
+    else:
+        state = _torch_file(path)
+    for key in _NESTED:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise FileError(f"{path}: not a state dict: expected names with tensors")
+    if not state:
+        raise FileError(f"{path}: holds no weights")
+    return {_plain(str(key)): value for key, value in state.items()}
+
+
+def _torch_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileError(f"{path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise FileError(
+            f"{path}: refused, since reading it would run code from the file "
+            f"({str(error).splitlines()[0][:120]}); save the model's state_dict() instead"
+        ) from None
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise FileError(f"{path}: not a torch state dict: {reason}") from None
+
+
+def _plain(key: str) -> str:
+    for prefix in _WRAPPERS:
+        key = key.removeprefix(prefix)
+    return key
