@@ -29,7 +29,6 @@ from rankprune.errors import (
 try:
     import typer
     from rich.console import Console
-    from rich.table import Table
 except ImportError:
     raise SystemExit(str(MissingExtraError("the command line", "typer", "cli"))) from None
 
@@ -159,12 +158,8 @@ def train(
         bool | None, typer.Option("--download", help="Fetch a missing data set.")
     ] = None,
     image_size: ImageSize = None,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes that prepare batches.")
-    ] = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints.")
-    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that prepare batches.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     resume: Annotated[
         str, typer.Option(help="auto: go on with what lies in --out; never: refuse.")
@@ -300,9 +295,7 @@ def inspect(
 
         if plot is not None and plot.exists() and not force:
             raise FileError(f"{plot}: exists already; choose another name or add --force")
-        source = recipe.open_source(
-            weights, model=model, shape=_shape(input_size), classes=classes
-        )
+        source = recipe.open_source(weights, model=model, shape=_shape(input_size), classes=classes)
         rows = recipe.inspect_layers(source, scheme or "auto")
         document: dict[str, Any] = {"layers": rows}
         parts: list[Any] = [_spectra_table(rows)]
@@ -382,9 +375,8 @@ def _output(as_json: bool) -> Iterator[Any]:
         if as_json:
             print(json.dumps(document, allow_nan=False))
             return
-        console = Console(highlight=False, soft_wrap=True)
         for part in parts:
-            console.print(part if isinstance(part, Table) else str(part), markup=False)
+            print(part)
 
     try:
         yield show
@@ -474,8 +466,9 @@ def _shape(text: str | None) -> tuple[int, int, int] | None:
     return int(parts[0]), int(parts[1]), int(parts[2])
 
 
-def _spectra_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def _spectra_table(rows: list[dict[str, Any]]) -> str:
+    from rankprune.tables import format_table
+
     columns = {
         "layer": "name",
         "type": "type",
@@ -488,15 +481,10 @@ def _spectra_table(rows: list[dict[str, Any]]) -> Table:
         "90 %": "energy_90",
         "98 %": "energy_98",
         "EVBMF": "evbmf",
+        "dense because": "reason",
     }
-    for title in columns:
-        table.add_column(title, justify="left" if title in ("layer", "type", "scheme") else "right")
-    for row in rows:
-        cells = [str(row.get(key, "")) for key in columns.values()]
-        if "reason" in row:
-            cells[2] = f"dense: {row['reason']}"
-        table.add_row(*cells)
-    return table
+    cells = [[str(row.get(key, "")) for key in columns.values()] for row in rows]
+    return format_table([list(columns), *cells])
 
 
 def _report_text(document: dict[str, Any]) -> str:

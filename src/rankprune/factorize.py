@@ -81,9 +81,7 @@ def factor_skeleton(model: nn.Module, layers: Iterable[LayerPlan]) -> None:
     for entry in layers:
         dense = model.get_submodule(entry.name)
         weight = _weight(dense)
-        factors = [
-            spec.build(device=weight.device, dtype=weight.dtype) for spec in entry.factors()
-        ]
+        factors = [spec.build(device=weight.device, dtype=weight.dtype) for spec in entry.factors()]
         for parameter in (p for factor in factors for p in factor.parameters()):
             parameter.requires_grad_(weight.requires_grad)
         _place(model, entry, factors[0], factors[1])
@@ -170,7 +168,9 @@ def _factorize_layer(model: nn.Module, entry: LayerPlan) -> None:
     dense = model.get_submodule(entry.name)
     weight = _weight(dense)
     with torch.no_grad():
-        left, right = Decomposition(scheme.to_matrix(spec, weight.detach())).truncate(rank).balanced()
+        left, right = (
+            Decomposition(scheme.to_matrix(spec, weight.detach())).truncate(rank).balanced()
+        )
         weights = scheme.factor_weights(spec, left, right)
     factors = []
     for factor_spec, values in zip(entry.factors(), weights, strict=True):

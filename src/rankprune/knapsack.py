@@ -129,7 +129,8 @@ def _round(
 ) -> NDArray[np.int64] | None:
     """Best way to round the fractional owners of a relaxed solution, or None."""
     alternatives = [
-        np.flatnonzero((owner == group) & (relaxed > _TOLERANCE)) for group in range(owner.max() + 1)
+        np.flatnonzero((owner == group) & (relaxed > _TOLERANCE))
+        for group in range(owner.max() + 1)
     ]
     if np.prod([float(len(options)) for options in alternatives]) > 4096:
         return None

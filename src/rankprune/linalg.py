@@ -139,9 +139,7 @@ class Decomposition:
     def _svd(self) -> Truncated:
         """Exact thin SVD of the oriented matrices, fp64."""
         return Truncated(
-            *_converged(
-                lambda: torch.linalg.svd(self._oriented, full_matrices=False), self.matrix
-            )
+            *_converged(lambda: torch.linalg.svd(self._oriented, full_matrices=False), self.matrix)
         )
 
     def _leading(self, rank: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 from rankprune.errors import LayerError, PlanError
 from rankprune.layers import LayerSpec
 from rankprune.schemes import SCHEMES, MatrixShape
+from rankprune.tables import format_change, format_matrix, format_table
 
 SCHEMA_VERSION = 1
 _MAX_SIDE = 2**31
@@ -157,11 +158,7 @@ class Plan:
                     layer.reason,
                 )
             )
-        widths = [max(len(row[column]) for row in rows) for column in range(8)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True))
-            for row in rows
-        ]
+        lines = [format_table(rows)]
         lines.append(
             f"{len(self.factorized)} of {len(self.layers)} layers factorised; "
             f"parameters {format_change(self.dense_params, self.params)}"
@@ -171,7 +168,7 @@ class Plan:
                 else f"; FLOPs {format_change(self.dense_flops, self.flops)}"
             )
         )
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(lines)
 
     def to_json(self) -> str:
         """Serialise; `from_json` reads the same plan back."""
@@ -220,36 +217,6 @@ class Plan:
             dense_flops=reader.optional_integer("dense_flops"),
             metadata=reader.mapping("metadata"),
         )
-
-
-def format_matrix(matrix: MatrixShape | None) -> str:
-    """`rows×cols`, with the batch in front where there is one."""
-    if matrix is None:
-        return ""
-    batch = f"{matrix.batch}×" if matrix.batch > 1 else ""
-    return f"{batch}{matrix.rows}×{matrix.cols}"
-
-
-def format_count(value: int) -> str:
-    """A count with a decimal prefix.
-
-    >>> format_count(41_300_000), format_count(272), format_count(999_999)
-    ('41.3M', '272', '1M')
-    """
-    for limit, divisor, suffix in ((999.5e9, 1e12, "T"), (999.5e6, 1e9, "G"), (999.5e3, 1e6, "M")):
-        if value >= limit:
-            return f"{value / divisor:.3g}{suffix}"
-    return f"{value / 1e3:.3g}k" if value >= 1000 else str(value)
-
-
-def format_change(dense: int | None, compact: int | None) -> str:
-    """`dense → compact (factor)`, or the dense count alone where nothing changes."""
-    if dense is None or compact is None:
-        return "?"
-    if dense == compact:
-        return format_count(dense)
-    factor = f" ({dense / compact:.2f}×)" if compact else ""
-    return f"{format_count(dense)} → {format_count(compact)}{factor}"
 
 
 def _rebuild(
@@ -361,7 +328,9 @@ def _read_layer(reader: _Reader) -> LayerPlan:
             raise PlanError(f"{reader.where}: {error}") from None
     energy = reader.value("energy")
     if energy is not None and (
-        not isinstance(energy, (int, float)) or isinstance(energy, bool) or not math.isfinite(energy)
+        not isinstance(energy, (int, float))
+        or isinstance(energy, bool)
+        or not math.isfinite(energy)
     ):
         raise reader.fail("energy", "a number", energy)
     tied = reader.array("tied")

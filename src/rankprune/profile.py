@@ -139,9 +139,7 @@ def profile(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
     )
 
 
-def factor_flops(
-    factors: tuple[LayerSpec, ...], input_shapes: tuple[tuple[int, ...], ...]
-) -> int:
+def factor_flops(factors: tuple[LayerSpec, ...], input_shapes: tuple[tuple[int, ...], ...]) -> int:
     """FLOPs of a chain of layers on these inputs, counted by torch on shapes alone."""
     chain = nn.Sequential(*(spec.build(device="meta") for spec in factors))
     total = 0

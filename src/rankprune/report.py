@@ -12,8 +12,9 @@ from torch import nn
 from rankprune._version import __version__
 from rankprune.errors import FileError
 from rankprune.factorize import low_rank_layers, plan_of
-from rankprune.plan import LayerPlan, Plan, format_change, format_count, format_matrix
+from rankprune.plan import LayerPlan, Plan
 from rankprune.profile import ExampleInputs, Profile, call, evaluating, profile
+from rankprune.tables import format_change, format_count, format_matrix, format_table
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,7 @@ class Report:
                     format_change(layer.dense_flops, layer.flops),
                 )
             )
-        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in table
-        ]
-        lines += ["", *self.totals()]
-        return "\n".join(lines)
+        return "\n".join([format_table(table), "", *self.totals()])
 
     def totals(self) -> list[str]:
         """The summary's lines."""

@@ -404,6 +404,8 @@ def applicable(spec: LayerSpec, wanted: str) -> tuple[list[Scheme], str]:
     if fitting:
         return fitting, ""
     native = [
-        reason for name, reason in refusals.items() if reason and ("rank 1" in reason or len(refusals) == 1)
+        reason
+        for name, reason in refusals.items()
+        if reason and ("rank 1" in reason or len(refusals) == 1)
     ]
     return [], "; ".join(native) or "no scheme fits"

@@ -149,7 +149,9 @@ def read_bytes(path: Path, limit: int) -> bytes:
             raise FileError(f"{path}: {what if path.exists() else 'no such file'}")
         size = path.stat().st_size
         if size > limit:
-            raise FileError(f"{path}: {size} bytes, more than the {limit} that such a file may have")
+            raise FileError(
+                f"{path}: {size} bytes, more than the {limit} that such a file may have"
+            )
         return path.read_bytes()
 
 
@@ -338,5 +340,3 @@ def _remove_stale(folder: Path) -> None:
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
-
-

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.errors import ConfigError, PlanError
+from rankprune.errors import ConfigError
 from rankprune.factorize import check_plan
 from rankprune.layers import LayerSpec
 from rankprune.linalg import Decomposition, check_finite

@@ -93,9 +93,7 @@ def train_batches(
             f"batch_size={batch} exceeds the {len(data.train)} training images; lower it"
         )
     dataset = _TrainBatches(data, batch, seed, epoch, slice(rank, None, world), augment)
-    loader = DataLoader(
-        dataset, batch_size=None, sampler=range(first, count), num_workers=workers
-    )
+    loader = DataLoader(dataset, batch_size=None, sampler=range(first, count), num_workers=workers)
     yield from loader
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from rankprune.errors import ConfigError, FileError
 from rankprune.factorize import factorize, low_rank_layers
-from rankprune.plan import Plan, format_matrix
+from rankprune.plan import Plan
 from rankprune.planner import Budget, make_plan
 from rankprune.ranks import EVBMF, Energy, RankRule, StableRank
 from rankprune.recipes.data import ImageData
@@ -24,6 +24,7 @@ from rankprune.report import Report, report
 from rankprune.schemes import applicable
 from rankprune.serialize import read_plan, save
 from rankprune.survey import survey
+from rankprune.tables import format_matrix
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,7 @@ def compress(
         for key, network in (("dense", source.model), ("compact", compact)):
             result = evaluate(network, data.test, data, device=torch.device("cpu"))
             accuracies[key] = result["accuracy"]
-    summary = report(
-        source.model, compact, example_inputs=inputs, plan=plan, accuracies=accuracies
-    )
+    summary = report(source.model, compact, example_inputs=inputs, plan=plan, accuracies=accuracies)
     return compact, plan, summary
 
 
@@ -166,9 +165,7 @@ def inspect_layers(source: Source, scheme: str = "auto") -> list[dict[str, Any]]
                     "scheme": option.name,
                     "matrix": format_matrix(spectrum.shape),
                     "max_rank": spectrum.shape.max_rank,
-                    "break_even": math.ceil(
-                        site.spec.weight_numel / option.unit_params(site.spec)
-                    ),
+                    "break_even": math.ceil(site.spec.weight_numel / option.unit_params(site.spec)),
                     "stable_rank": StableRank().select(spectrum),
                     "effective_rank": round(_effective_rank(spectrum.values), 1),
                     "energy_90": Energy(0.9).select(spectrum),

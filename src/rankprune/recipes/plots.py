@@ -46,7 +46,10 @@ def spectra_figure(rows: list[dict[str, Any]]) -> Figure:
     handles = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
     named = {label: line for label, line in handles.items() if str(label) in _COLOURS}
     figure.legend(
-        list(named.values()), [str(label) for label in named], loc="outside upper right", fontsize=8,
+        list(named.values()),
+        [str(label) for label in named],
+        loc="outside upper right",
+        fontsize=8,
         ncols=len(named),
     )
     return figure

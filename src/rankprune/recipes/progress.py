@@ -50,7 +50,8 @@ class RichProgress(Progress):
         self.console.print(
             f"{self.title} epoch {record['epoch']:3d}  loss {record['train_loss']:.3f}  "
             f"train {record['train_accuracy']:.2%}  val {record['val_accuracy']:.2%}  "
-            f"{record['seconds']:.1f} s" + (f"  sum of ranks {sum(ranks.values())}" if ranks else "")
+            f"{record['seconds']:.1f} s"
+            + (f"  sum of ranks {sum(ranks.values())}" if ranks else "")
         )
 
     def note(self, text: str) -> None:

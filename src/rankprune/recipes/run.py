@@ -52,7 +52,9 @@ def prepare_folder(folder: Path, config: TrainConfig, *, resume: bool, force: bo
             advice = "continue it with --resume auto, or " if (folder / CONFIG).exists() else ""
             raise FileError(f"{folder}: exists and is not empty; {advice}start anew with --force")
         if not (folder / CONFIG).exists():
-            raise FileError(f"{folder}: holds no run, so --force does not remove it; choose another")
+            raise FileError(
+                f"{folder}: holds no run, so --force does not remove it; choose another"
+            )
         shutil.rmtree(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -220,5 +222,3 @@ def _check_same(folder: Path, config: TrainConfig) -> None:
             f"{folder}: cannot resume with other options ({', '.join(changed)}); use the same, or "
             "another --out"
         )
-
-

@@ -136,9 +136,7 @@ class _Run:
         if note:
             progress.note(f"precision={config.precision}: {note}")
         AcceleratorState._reset_state(reset_partial_state=False)
-        self.accelerator = Accelerator(
-            mixed_precision="no" if precision == "fp32" else precision
-        )
+        self.accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
         self.steps = steps_per_epoch(data.train, config.batch_size)
         if not self.steps:
             raise ConfigError(
@@ -222,7 +220,9 @@ class _Run:
         self.step += 1
         count = len(labels)
         hits = (logits.argmax(1) == labels).sum()
-        self.sums += torch.stack([loss.detach() * count, hits, hits.new_tensor(count)]).to(self.sums)
+        self.sums += torch.stack([loss.detach() * count, hits, hits.new_tensor(count)]).to(
+            self.sums
+        )
         if not torch.isfinite(loss):
             raise RankPruneError(
                 f"step {self.step}: the loss is {loss.item()}; lower lr or nuclear, or warm up longer"
@@ -250,9 +250,7 @@ class _Run:
             "val_loss": result["loss"],
             "val_accuracy": result["accuracy"],
             "seconds": round(seconds, 2),
-            "images_per_second": round(
-                (self.step - before) * self.config.batch_size / seconds, 1
-            ),
+            "images_per_second": round((self.step - before) * self.config.batch_size / seconds, 1),
         }
         if self.trp is not None:
             record["ranks"] = self.trp.ranks
@@ -342,9 +340,7 @@ def example_inputs(data: ImageData, device: torch.device | str = "cpu") -> torch
 
 def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(
-            model.parameters(), lr=config.lr, weight_decay=config.weight_decay
-        )
+        return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(
         model.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay
     )

@@ -1,0 +1,49 @@
+"""Figures as text, alike wherever people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rankprune.schemes import MatrixShape
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equal length, the first of them the header, in aligned columns.
+
+    >>> print(format_table([("layer", "rank"), ("conv1", "8")]))
+    layer  rank
+    conv1  8
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def format_matrix(matrix: MatrixShape | None) -> str:
+    """`rows×cols`, with the batch in front where there is one."""
+    if matrix is None:
+        return ""
+    batch = f"{matrix.batch}×" if matrix.batch > 1 else ""
+    return f"{batch}{matrix.rows}×{matrix.cols}"
+
+
+def format_count(value: int) -> str:
+    """A count with a decimal prefix.
+
+    >>> format_count(41_300_000), format_count(272), format_count(999_999)
+    ('41.3M', '272', '1M')
+    """
+    for limit, divisor, suffix in ((999.5e9, 1e12, "T"), (999.5e6, 1e9, "G"), (999.5e3, 1e6, "M")):
+        if value >= limit:
+            return f"{value / divisor:.3g}{suffix}"
+    return f"{value / 1e3:.3g}k" if value >= 1000 else str(value)
+
+
+def format_change(dense: int | None, compact: int | None) -> str:
+    """`dense → compact (factor)`, or the dense count alone where nothing changes."""
+    if dense is None or compact is None:
+        return "?"
+    if dense == compact:
+        return format_count(dense)
+    factor = f" ({dense / compact:.2f}×)" if compact else ""
+    return f"{format_count(dense)} → {format_count(compact)}{factor}"
