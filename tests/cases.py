@@ -187,7 +187,10 @@ def every_layer() -> Iterator[Case]:
 
 def _sample() -> Iterator[Case]:
     yield from _linear()
-    for axes, more in ((_CONV_AXES, {1: 30, 2: 150, 3: 10}), (_TRANSPOSED_AXES, {1: 20, 2: 60, 3: 6})):
+    for axes, more in (
+        (_CONV_AXES, {1: 6, 2: 40, 3: 2}),
+        (_TRANSPOSED_AXES, {1: 6, 2: 20, 3: 2}),
+    ):
         for dims, table in axes.items():
             yield from (_conv(dims, options) for options in _covering(table, more[dims]))
 

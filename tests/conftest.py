@@ -16,11 +16,6 @@ hypothesis.settings.load_profile("rankprune")
 torch.set_num_threads(1)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if not any(line.startswith("slow:") for line in config.getini("markers")):
-        config.addinivalue_line("markers", "slow: takes more than a few seconds")
-
-
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Every test starts from the same random state and leaves the default dtype as it was."""

@@ -250,7 +250,7 @@ def evaluate(
         import torch
 
         from rankprune.profile import count_bytes, profile
-        from rankprune.recipes.compress import open_source
+        from rankprune.recipes.compress import normalised_as, open_source
         from rankprune.recipes.evaluate import evaluate as measure
 
         if part not in ("test", "val", "train"):
@@ -258,6 +258,7 @@ def evaluate(
         images = _images(data, data_root, download, image_size)
         assert images is not None
         source = open_source(weights, model=model, data=images)
+        images = normalised_as(images, source.metadata)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         network = source.model.to(device)
         result: dict[str, Any] = dict(

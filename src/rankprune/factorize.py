@@ -105,7 +105,7 @@ def defactorize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         # a Hugging Face Conv1D comes back as nn.Linear, whose weight is transposed
         _set(dense, "weight", composed.T if spec.kind == "hf_conv1d" else composed, weight)
         bias = low_rank[1].bias
-        if bias is not None:
+        if isinstance(bias, nn.Parameter):
             _set(dense, "bias", bias.detach(), bias)
         dense.train(low_rank.training)
         _swap(model, name, dense)
@@ -164,7 +164,8 @@ def _brief(spec: LayerSpec | None) -> str:
 
 def _factorize_layer(model: nn.Module, entry: LayerPlan) -> None:
     scheme, spec, rank = SCHEMES[str(entry.scheme)], entry.spec, entry.rank
-    assert spec is not None and rank is not None
+    assert spec is not None
+    assert rank is not None
     dense = model.get_submodule(entry.name)
     weight = _weight(dense)
     with torch.no_grad():

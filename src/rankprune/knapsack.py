@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from scipy.sparse import csr_array
 # How far below a budget a choice may stay where something closer exists.
 SLACK = 0.01
 # The proof of optimality is cut short: layers of equal shape make it long and worthless. Nodes are
-# counted, not seconds, so that a resumed run and every process of a distributed one choose the same.
+# counted, not seconds, so that a resumed run and every process of a distributed one choose alike.
 _NODES = 200
 _GAP = 1e-3
 _TOLERANCE = 1e-9
@@ -80,7 +81,7 @@ def _solve(
         losses,
         A_ub=np.vstack([costs, -costs[floors]]),
         b_ub=np.concatenate([np.ones(len(costs)), -least[floors]]),
-        A_eq=one_each,
+        A_eq=cast(Any, one_each),  # sparse matrices are allowed; the stubs do not know
         b_eq=np.ones(count),
         bounds=(0, 1),
         method="highs",
@@ -95,8 +96,9 @@ def _solve(
     best = _round(relaxed.x, losses, owner, fits)
     left = np.arange(len(owner))
     if best is not None:
-        gap = losses[best].sum() - relaxed.fun
-        if gap <= _GAP * max(relaxed.fun, _TOLERANCE):
+        bound = float(losses @ relaxed.x)
+        gap = float(losses[best].sum()) - bound
+        if gap <= _GAP * max(bound, _TOLERANCE):
             return best
         reduced = losses - one_each.T @ relaxed.eqlin.marginals
         reduced = reduced - np.vstack([costs, -costs[floors]]).T @ relaxed.ineqlin.marginals
@@ -104,7 +106,7 @@ def _solve(
         left = np.union1d(left, best)
     exact = milp(
         losses[left],
-        integrality=np.ones(len(left)),
+        integrality=np.ones(len(left), dtype=np.int64),
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(one_each[:, left], 1, 1),

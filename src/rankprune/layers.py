@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankprune.errors import LayerError
 
@@ -95,7 +95,7 @@ class LayerSpec:
         """
         kind = type(module)
         if kind is nn.Linear:
-            out_features, in_features = module.weight.shape
+            out_features, in_features = cast(Tensor, module.weight).shape
             return cls(
                 kind="linear",
                 in_channels=in_features,
@@ -103,7 +103,7 @@ class LayerSpec:
                 bias=module.bias is not None,
             )
         if is_hf_conv1d(module):
-            in_features, out_features = module.weight.shape  # type: ignore[misc]
+            in_features, out_features = cast(Tensor, module.weight).shape
             return cls(
                 kind="hf_conv1d", in_channels=in_features, out_channels=out_features, bias=True
             )

@@ -1,9 +1,9 @@
 """Saving and loading: safetensors and a plan. No pickle, nothing from a file is executed.
 
-A saved model is a folder with `plan.json` and the weights file that it names, with the sha256 of its
-content. Replacing `plan.json` is the commit point: a save first writes the new weights beside the
-old ones, then swaps the plan in, then removes what no plan refers to. A reader therefore sees the
-old model or the new one, whenever it looks and wherever a writer was killed.
+A saved model is a folder with `plan.json` and the weights file that it names, with the sha256 of
+its content. Replacing `plan.json` is the commit point: a save first writes the new weights beside
+the old ones, then swaps the plan in, then removes what no plan refers to. A reader therefore sees
+the old model or the new one, whenever it looks and wherever a writer was killed.
 """
 
 from __future__ import annotations

@@ -349,7 +349,8 @@ class Controller:
     def _adopt(self, layers: tuple[LayerPlan, ...]) -> None:
         self._targets = []
         for layer in layers:
-            assert layer.spec is not None and layer.rank is not None
+            assert layer.spec is not None
+            assert layer.rank is not None
             module = self.model.get_submodule(layer.name)
             scheme = SCHEMES[str(layer.scheme)]
             self._targets.append(_Target(layer.name, module, layer.spec, scheme, layer.rank))

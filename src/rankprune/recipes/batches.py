@@ -107,7 +107,7 @@ def eval_batches(
         yield torch.stack(images.fetch(chosen, train=False)), images.labels[chosen]
 
 
-def _augmentation(data: ImageData):  # type: ignore[no-untyped-def]
+def _augmentation(data: ImageData) -> torch.nn.Module:
     """Shift by up to an eighth of the side, and mirror where that keeps the class."""
     from torchvision.transforms import v2
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from rankprune.recipes.evaluate import evaluate
 from rankprune.recipes.models import build_model, is_trusted_name
 from rankprune.recipes.weights import load_weights, read_state_dict
 from rankprune.report import Report, report
-from rankprune.schemes import applicable
+from rankprune.schemes import Scheme, applicable
 from rankprune.serialize import read_plan, save
 from rankprune.survey import survey
 from rankprune.tables import format_matrix
@@ -79,6 +79,8 @@ def open_source(
     shape = shape or _recorded_shape(metadata, weights)
     if classes is None and isinstance(metadata.get("classes"), list):
         classes = len(metadata["classes"])
+    if classes is None and type(metadata.get("outputs")) is int:
+        classes = metadata["outputs"]
     if classes is None and weights is not None and weights.is_file():
         classes = _last_bias(weights)
     network = build_model(
@@ -86,14 +88,25 @@ def open_source(
     )
     if weights is not None:
         network = load_weights(network, weights)
-    metadata |= {"model": name, "shape": list(shape)}
+    metadata |= {"model": name, "shape": list(shape), "outputs": classes or 1000}
     if data is not None:
+        data = normalised_as(data, metadata)
         metadata |= {
             "classes": list(data.classes),
             "mean": list(data.mean),
             "std": list(data.std),
         }
     return Source(network.eval(), shape, metadata)
+
+
+def normalised_as(data: ImageData, metadata: Mapping[str, Any]) -> ImageData:
+    """The data set with the normalisation that a saved model was trained with, if it is known."""
+    mean, std = metadata.get("mean"), metadata.get("std")
+    for values in (mean, std):
+        known = isinstance(values, list) and len(values) == data.shape[0]
+        if not known or not all(isinstance(value, float) for value in values or ()):
+            return data
+    return replace(data, mean=tuple(mean or ()), std=tuple(std or ()))
 
 
 def compress(
@@ -116,6 +129,8 @@ def compress(
         source.model, target, scheme=scheme, example_inputs=inputs, multiple_of=multiple_of
     )
     compact = factorize(source.model, plan)
+    if data is not None:
+        data = normalised_as(data, source.metadata)
     accuracies: dict[str, float | None] = {}
     if data is not None:
         for key, network in (("dense", source.model), ("compact", compact)):
@@ -151,7 +166,8 @@ def inspect_layers(source: Source, scheme: str = "auto") -> list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     for site in survey(source.model):
         row: dict[str, Any] = {"name": site.name, "type": type(site.module).__name__}
-        schemes, reason = ([], site.obstacle)
+        schemes: list[Scheme] = []
+        reason = site.obstacle
         if site.spec is not None and not site.obstacle:
             schemes, reason = applicable(site.spec, scheme)
         if not schemes:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +25,14 @@ _DEFAULT_SIZE = 224
 class Images(Protocol):
     """A list of labelled images."""
 
-    labels: Tensor
+    @property
+    def labels(self) -> Tensor:
+        """Class of every image: [n]."""
+        ...
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
 
     def fetch(self, indices: Sequence[int], *, train: bool) -> list[Tensor]:
         """Images as uint8 [C, H, W] of one size; `train` allows random crops of larger files."""
@@ -158,11 +164,10 @@ def decode(path: Path) -> Tensor:
         FileError: the file is no image, or damaged.
     """
     from PIL import Image
-    from torchvision.transforms.v2.functional import pil_to_tensor
 
     try:
         with Image.open(path) as image:
-            return pil_to_tensor(image.convert("RGB"))
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise FileError(
             f"{path}: not a readable image ({error}); remove it or replace it"

@@ -29,7 +29,8 @@ def evaluate(
         images: the part.
         data: gives the normalisation.
         device: where to compute.
-        rank, world: this process and their number; the result is that of all of them.
+        rank: this process.
+        world: number of processes; the result is that of all of them.
 
     Returns:
         "accuracy" and "top5" as fractions, the mean cross-entropy "loss", the number of "images".

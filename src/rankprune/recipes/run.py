@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankprune.errors import ConfigError, FileError
+from rankprune.errors import ConfigError, FileError, RankPruneError
 from rankprune.factorize import factorize
 from rankprune.plan import Plan
 from rankprune.recipes.config import TrainConfig, make_config, read_yaml, to_yaml
 from rankprune.recipes.data import ImageData, load_data
 from rankprune.recipes.evaluate import evaluate
 from rankprune.recipes.models import build_model
-from rankprune.recipes.train import Progress, Trained, fit
+from rankprune.recipes.train import CHECKPOINT, Progress, Trained, fit
 from rankprune.recipes.weights import load_weights
 from rankprune.report import Report, report
 from rankprune.serialize import save, write_atomically
@@ -64,7 +64,9 @@ def prepare_folder(folder: Path, config: TrainConfig, *, resume: bool, force: bo
 
 
 def run(config: TrainConfig, folder: Path, progress: Progress | None = None) -> Report:
-    """Train as configured, in a folder that `prepare_folder` has made, and leave there:
+    """Train as configured, in a folder that `prepare_folder` has made.
+
+    It leaves there
 
     `compact/` and `projected/` (or `dense/`), `report.json`, `config.yaml`, `metrics.jsonl` and
     `checkpoint.pt`. A run that lies there unfinished goes on from its checkpoint.
@@ -73,6 +75,16 @@ def run(config: TrainConfig, folder: Path, progress: Progress | None = None) -> 
         Interrupted: by a signal, after a checkpoint.
     """
     progress = progress or Progress()
+    try:
+        return _run(config, folder, progress)
+    except RankPruneError:
+        # a run that could not begin leaves nothing that would stop the next one
+        if not any(folder.rglob(CHECKPOINT)):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _run(config: TrainConfig, folder: Path, progress: Progress) -> Report:
     data = _data(config)
     baseline = None
     if config.baseline and config.method == "trp":

@@ -32,7 +32,7 @@ CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 
 
-class Interrupted(RankPruneError):
+class Interrupted(RankPruneError):  # noqa: N818 - not an error
     """A signal ended the run, after a checkpoint.
 
     Attributes:
@@ -155,7 +155,8 @@ class _Run:
         self.scheduler = _scheduler(config, optimizer, self.total)
         self.trp = self._attach(checkpoint)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.step, self.records = 0, []
+        self.step = 0
+        self.records: list[dict[str, Any]] = []
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         if checkpoint is not None:
             self._continue(checkpoint)
@@ -225,7 +226,7 @@ class _Run:
         )
         if not torch.isfinite(loss):
             raise RankPruneError(
-                f"step {self.step}: the loss is {loss.item()}; lower lr or nuclear, or warm up longer"
+                f"step {self.step}: the loss is {loss.item()}; lower lr or nuclear"
             )
         self.progress.step(loss.item(), self.raw.param_groups[0]["lr"])
 

@@ -1,0 +1,233 @@
+"""The command line as a person or a script uses it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rankprune as rp
+from rankprune.recipes.models import build_model
+
+RUN = [
+    "train",
+    "--data",
+    "fake",
+    "--model",
+    "digits_cnn",
+    "--scheme",
+    "spatial",
+    "--flops",
+    "0.4",
+    "--batch-size",
+    "64",
+]
+REPORT_KEYS = {"dense", "projected", "compact", "layers", "max_logit_error", "environment"}
+
+
+def cli(*args: object, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "rankprune.cli", *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    return done
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; sys.argv = ['rankprune', '--help']\nfrom rankprune import cli\n"
+    code += "try: cli.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ("train --data nope --model digits_cnn --flops .5", 2, "unknown data set"),
+        ("train --data fake --model nope --flops .5", 2, "unknown pytorchcv model"),
+        ("train --data fake --model digits_cnn --flops 1.5", 2, "at most 1"),
+        ("train --data fake --model digits_cnn --flops .001", 4, "closest"),
+        ("train --data imagefolder:/none --model digits_cnn --flops .5", 3, "no such folder"),
+        ("train --data fake --model digits_cnn --flops .5 --config none.yaml", 3, "no such file"),
+        ("train --data fake --model digits_cnn --flops .5 --precision fp16", 2, "needs a GPU"),
+        ("train --data fake --model digits_cnn --flops .5 --preset new", 2, "unknown preset"),
+        ("compress none.pt --model digits_cnn --input-size 1x8x8 --flops .5", 3, "no such file"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tmp_path: Path, args: str, code: int, message: str
+) -> None:
+    done = cli(*args.split(), "--out", "out", code=code, cwd=tmp_path)
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_usage_errors_exit_2() -> None:
+    cli("nothing", code=2)
+    cli("train", "--epochs", "many", "--out", "x", code=2)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of three epochs, interrupted by nothing."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    cli(*RUN, "--epochs", 3, "--out", out)
+    return out
+
+
+@pytest.mark.slow
+def test_a_run_leaves_what_it_promises(finished: Path) -> None:
+    document = json.loads((finished / "report.json").read_text())
+    assert set(document) == REPORT_KEYS
+    assert document["compact"]["flops"] <= 0.4 * document["dense"]["flops"]
+    assert document["compact"]["accuracy"] == document["projected"]["accuracy"]
+    assert document["max_logit_error"] < 1e-4
+    compact = rp.load(build_model("digits_cnn", classes=10), finished / "compact")
+    assert rp.count_params(compact) == document["compact"]["params"]
+    shown = json.loads(cli("report", finished, "--json").stdout)
+    assert shown == document
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+    measured = json.loads(cli("eval", finished / "compact", "--data", "fake", "--json").stdout)
+    assert measured["accuracy"] == document["compact"]["accuracy"]
+    assert measured["flops"] == document["compact"]["flops"]
+
+
+@pytest.mark.slow
+def test_an_existing_run_is_never_overwritten(finished: Path) -> None:
+    before = (finished / "report.json").read_bytes()
+    done = cli(*RUN, "--epochs", 3, "--out", finished, code=3)
+    assert "--resume auto" in done.stderr
+    done = cli(*RUN, "--epochs", 4, "--out", finished, "--resume", "auto", code=2)
+    assert "epochs: 3 → 4" in done.stderr
+    again = cli(*RUN, "--epochs", 3, "--out", finished, "--resume", "auto", "--json")
+    assert json.loads(again.stdout) == json.loads(before)
+    assert (finished / "report.json").read_bytes() == before
+
+
+def _weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "compact" / "model.safetensors")
+
+
+def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_run_resumes_to_the_same_bits(
+    finished: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "rankprune.cli", *RUN, "--epochs", "3", "--out", str(out)]
+    command += ["--checkpoint-every", "3"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=env)
+    _wait_for(out / "checkpoint.pt", process)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    expected = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
+    assert process.returncode == expected[number]
+    assert not (out / "report.json").exists()
+    subprocess.run([*command, "--resume", "auto"], check=True, capture_output=True, env=env)
+    resumed, straight = _weights(out), _weights(finished)
+    assert resumed.keys() == straight.keys()
+    assert all(torch.equal(resumed[key], straight[key]) for key in straight)
+
+
+@pytest.mark.slow
+def test_demo_prints_one_json_object_and_keeps_its_promises() -> None:
+    document: dict[str, Any] = json.loads(cli("demo", "--json").stdout)
+    assert set(document) == REPORT_KEYS
+    for side in ("dense", "compact"):
+        assert set(document[side]) == {"accuracy", "params", "flops", "bytes"}
+    assert document["dense"]["flops"] >= 2 * document["compact"]["flops"]
+    assert document["compact"]["accuracy"] >= document["dense"]["accuracy"] - 0.005
+    assert document["compact"]["accuracy"] == document["projected"]["accuracy"]
+    assert document["max_logit_error"] <= 1e-4
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "weights.pt"
+    torch.save({"state_dict": build_model("digits_cnn", classes=10, channels=3).state_dict()}, path)
+    return path
+
+
+def test_compress_then_eval(weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    args = ["compress", weights, "--model", "digits_cnn", "--input-size", "3x32x32"]
+    dry = cli(*args, "--flops", 0.5, "--out", out, "--dry-run", "--json")
+    assert not out.exists()
+    done = cli(*args, "--flops", 0.5, "--out", out, "--json")
+    document = json.loads(done.stdout)
+    assert document == json.loads(dry.stdout)
+    assert 0.49 <= document["compact"]["flops"] / document["dense"]["flops"] <= 0.5
+    assert "exists already" in cli(*args, "--flops", 0.5, "--out", out, code=3).stderr
+    cli(*args, "--flops", 0.6, "--out", out, "--force")
+    cli("eval", out, "--data", "fake")
+    assert (
+        "factorised already"
+        in cli(*["compress", out, "--flops", 0.5, "--out", tmp_path / "b"], code=2).stderr
+    )
+
+
+def test_inspect_shows_spectra_and_draws_them(weights: Path, tmp_path: Path) -> None:
+    args = ["inspect", weights, "--model", "digits_cnn", "--input-size", "3x32x32"]
+    png = tmp_path / "spectra.png"
+    document = json.loads(cli(*args, "--plot", png, "--flops", 0.5, "--json").stdout)
+    assert {row["name"] for row in document["layers"]} >= {"0", "3", "17"}
+    assert png.read_bytes().startswith(b"\x89PNG")
+    rp.Plan.from_json(json.dumps(document["plan"]))
+    assert "exists already" in cli(*args, "--plot", png, code=3).stderr
+
+
+class Exploit:
+    """A pickle that would leave a trace if it were run."""
+
+    def __init__(self, trace: str) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (self.trace,))
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors", "checkpoint.pt"])
+def test_hostile_pickles_are_refused_and_not_run(tmp_path: Path, name: str) -> None:
+    trace = tmp_path / "trace"
+    path = tmp_path / name
+    if name == "w.pt":
+        torch.save({"state_dict": Exploit(str(trace))}, path)
+    else:
+        path.write_bytes(pickle.dumps(Exploit(str(trace))))
+    args = ["compress", path, "--model", "digits_cnn", "--input-size", "1x8x8"]
+    done = cli(*args, "--flops", 0.5, "--out", tmp_path / "out", code=3)
+    assert str(path) in done.stderr.replace("\n", "")
+    assert not trace.exists()
+
+
+def test_weights_of_another_architecture_are_refused(weights: Path, tmp_path: Path) -> None:
+    args = ["compress", weights, "--model", "resnet20_cifar10", "--input-size", "3x32x32"]
+    done = cli(*args, "--flops", 0.5, "--out", tmp_path / "out", code=3)
+    assert "weights of another model" in done.stderr
