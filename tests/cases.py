@@ -207,7 +207,8 @@ CONTRACT_IDS = [f"{name}: {case.id}" for case, name in CONTRACT]
 
 def relative_error(received: Tensor, expected: Tensor) -> float:
     """Largest absolute difference, relative to the largest expected value."""
-    assert received.shape == expected.shape and received.dtype == expected.dtype
+    assert received.shape == expected.shape
+    assert received.dtype == expected.dtype
     return float((received - expected).abs().max() / expected.abs().max())
 
 

@@ -78,10 +78,18 @@ def test_bad_yaml_is_refused_and_runs_nothing(tmp_path: Path, text: str) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet20_cifar10", "preresnet20_cifar10", "torchvision:resnet18", "timm:resnet10t"]
+    ("name", "classes"),
+    [
+        ("resnet20_cifar10", 10),
+        ("preresnet20_cifar10", 10),
+        ("resnet20_cifar100", 100),
+        ("torchvision:resnet18", 7),
+        ("timm:resnet10t", 7),
+    ],
 )
-def test_models_have_the_outputs_asked_for(name: str) -> None:
-    assert build_model(name, classes=7).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+def test_models_have_the_outputs_asked_for(name: str, classes: int) -> None:
+    model = build_model(name, classes=classes).eval()
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, classes)
 
 
 def own_model(num_classes: int) -> nn.Module:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from rankprune.linalg import Decomposition, check_finite
 from rankprune.plan import LayerPlan, Plan
 from rankprune.profile import count_params
 from rankprune.schemes import SCHEMES
+from rankprune.survey import tensor_key
 
 
 class LowRank(nn.Sequential):
@@ -96,14 +99,19 @@ def defactorize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     if not inplace:
         model = copy.deepcopy(model)
+    composed: dict[int, nn.Parameter] = {}  # dense weights, by the factors that tied layers share
     for name, low_rank in low_rank_layers(model).items():
         spec = low_rank.layer.spec
         assert spec is not None
         weight = _weight(low_rank[0])
         dense = spec.build(device=weight.device, dtype=weight.dtype)
-        composed = low_rank.dense_weight()
-        # a Hugging Face Conv1D comes back as nn.Linear, whose weight is transposed
-        _set(dense, "weight", composed.T if spec.kind == "hf_conv1d" else composed, weight)
+        if id(weight) in composed:
+            dense.weight = composed[id(weight)]
+        else:
+            values = low_rank.dense_weight()
+            # a Hugging Face Conv1D comes back as nn.Linear, whose weight is transposed
+            _set(dense, "weight", values.T if spec.kind == "hf_conv1d" else values, weight)
+            composed[id(weight)] = _weight(dense)
         bias = low_rank[1].bias
         if isinstance(bias, nn.Parameter):
             _set(dense, "bias", bias.detach(), bias)
@@ -119,12 +127,15 @@ def low_rank_layers(model: nn.Module) -> dict[str, LowRank]:
 
 def plan_of(model: nn.Module) -> Plan:
     """The plan of a factorised model's `LowRank` layers; layers left dense are not listed."""
-    layers: list[LayerPlan] = []
-    covered: set[str] = set()
-    for name, low_rank in low_rank_layers(model).items():
-        if name not in covered:
-            layers.append(low_rank.layer)
-            covered.update((low_rank.layer.name, *low_rank.layer.tied))
+    # names as they are here: the model may be a part of the one that was factorised, or hold it
+    sharing: defaultdict[int, list[str]] = defaultdict(list)
+    found = low_rank_layers(model)
+    for name, low_rank in found.items():
+        sharing[id(low_rank[0].weight)].append(name)
+    layers = [
+        replace(found[first].layer, name=first, tied=tuple(tied))
+        for first, *tied in sharing.values()
+    ]
     saved = sum(layer.dense_params - layer.params for layer in layers)
     return Plan(layers=tuple(layers), dense_params=count_params(model) + saved)
 
@@ -133,7 +144,8 @@ def check_plan(model: nn.Module, layers: Iterable[LayerPlan]) -> dict[str, nn.Mo
     """Find the planned layers in a model.
 
     Raises:
-        PlanError: a layer is missing, or has another type or shape than planned.
+        PlanError: a layer is missing, has another type or shape than planned, or does not share
+            the weight that it is planned to share.
     """
     modules = dict(model.named_modules())
     found = {}
@@ -145,12 +157,20 @@ def check_plan(model: nn.Module, layers: Iterable[LayerPlan]) -> dict[str, nn.Mo
                     "was the plan made for another model?"
                 )
             spec = LayerSpec.of(modules[name])
-            if name == layer.name and spec != layer.spec:
+            if spec != layer.spec:
                 raise PlanError(
                     f"layer {name!r} does not fit the plan: planned {_brief(layer.spec)}, the "
                     f"model has {_brief(spec) if spec else type(modules[name]).__name__}"
                 )
             found[name] = modules[name]
+            weight = modules[name].weight
+            if not isinstance(weight, nn.Parameter):
+                raise PlanError(f"layer {name!r}: its weight is not a parameter of its own")
+            if tensor_key(weight) != tensor_key(_weight(found[layer.name])):
+                raise PlanError(
+                    f"layers {layer.name!r} and {name!r} share one weight in the plan, but not in "
+                    "the model; was the plan made for another model?"
+                )
     return found
 
 

@@ -171,7 +171,11 @@ class Plan:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """Serialise; `from_json` reads the same plan back."""
+        """Serialise; `from_json` reads the same plan back.
+
+        Raises:
+            PlanError: the metadata holds what JSON cannot.
+        """
         document = {
             "schema_version": SCHEMA_VERSION,
             "dense_params": self.dense_params,
@@ -179,7 +183,10 @@ class Plan:
             "metadata": dict(self.metadata),
             "layers": [asdict(layer) for layer in self.layers],
         }
-        return json.dumps(document, indent=1, allow_nan=False)
+        try:
+            return json.dumps(document, indent=1, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PlanError(f"the plan's metadata must be JSON values: {error}") from None
 
     @classmethod
     def from_json(cls, text: str, source: str = "plan") -> Plan:
@@ -193,7 +200,9 @@ class Plan:
             PlanError: malformed, of a newer schema, or with impossible numbers.
         """
         try:
-            document = json.loads(text, parse_constant=_refuse_constant)
+            document = json.loads(
+                text, parse_constant=_refuse_constant, parse_float=_finite_float
+            )
         except (ValueError, RecursionError) as error:
             raise PlanError(f"{source}: not valid JSON: {error}") from None
         reader = _Reader(source, document)
@@ -227,6 +236,13 @@ def _rebuild(
 
 def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:40]} is out of range")
+    return value
 
 
 class _Reader:

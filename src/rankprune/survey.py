@@ -89,7 +89,7 @@ def survey(model: nn.Module, cost: Profile | None = None) -> list[Site]:
     """List every layer with a matrix-like parameter, in the model's order.
 
     Layers with vectors alone (normalisation, scales) are not listed. A module that stands at
-    several names is one site; so are supported layers of equal shape that share one weight.
+    several names is one site; so are supported layers of one description that share one weight.
 
     Args:
         model: any module.
@@ -123,7 +123,7 @@ def survey(model: nn.Module, cost: Profile | None = None) -> list[Site]:
         if spec is not None and not obstacle:
             assert isinstance(module.weight, Tensor)
             tied = tuple(other for other in owners[tensor_key(module.weight)] if other != name)
-            odd = next((other for other in tied if not _same(spec, layers[other])), None)
+            odd = next((other for other in tied if LayerSpec.of(layers[other]) != spec), None)
             if odd is not None:
                 obstacle, tied = f"weight is shared with {odd} ({_type(layers[odd])})", ()
         merged.update(tied)
@@ -150,15 +150,6 @@ def survey(model: nn.Module, cost: Profile | None = None) -> list[Site]:
 
 def _type(module: nn.Module) -> str:
     return type(module).__name__
-
-
-def _same(spec: LayerSpec, other: nn.Module) -> bool:
-    """Whether another owner of the weight computes the same linear map."""
-    described = LayerSpec.of(other)
-    return described is not None and (described.kind, described.weight_shape) == (
-        spec.kind,
-        spec.weight_shape,
-    )
 
 
 def _obstacle(module: nn.Module, spec: LayerSpec | None, parent: nn.Module | None) -> str:

@@ -149,10 +149,11 @@ class _Run:
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.bare = model
         optimizer = _optimizer(config, model)
-        if checkpoint is not None:
-            optimizer.load_state_dict(checkpoint["optimizer"])
         self.raw = optimizer
         self.scheduler = _scheduler(config, optimizer, self.total)
+        if checkpoint is not None:
+            # after the scheduler, which sets the learning rate back when it is made
+            optimizer.load_state_dict(checkpoint["optimizer"])
         self.trp = self._attach(checkpoint)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.step = 0

@@ -1,0 +1,266 @@
+"""Truncation, projection and polar factor, against NumPy's float64 SVD and torch's autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rankprune.errors import LayerError, NumericsError, RankPruneError
+from rankprune.linalg import RESIDUAL_PROMISE, Decomposition, check_finite, singular_values
+
+EPS = {
+    torch.float64: torch.finfo(torch.float64).eps,
+    torch.float32: torch.finfo(torch.float32).eps,
+    torch.float16: torch.finfo(torch.float16).eps,
+    torch.bfloat16: torch.finfo(torch.bfloat16).eps,
+}
+
+
+def _matrix(rows: int, cols: int, batch: int, kind: str, dtype: torch.dtype, seed: int) -> Tensor:
+    """[batch, rows, cols] with a spectrum of the kind."""
+    generator = torch.Generator().manual_seed(seed)
+    small = min(rows, cols)
+    u = torch.linalg.qr(torch.randn(batch, rows, small, generator=generator).double()).Q
+    v = torch.linalg.qr(torch.randn(batch, cols, small, generator=generator).double()).Q
+    index = torch.arange(small).double()
+    spectra = {
+        "flat": torch.ones(small).double(),
+        "linear": small - index,
+        "ill-conditioned": 10 ** (-index),
+        "deficient": (index < max(1, small // 2)).double() * (small - index),
+        "one": (index < 1).double(),
+        "zero": torch.zeros(small).double(),
+        "tiny": 1e-20 * (small - index),
+        "large": 1e15 * (small - index),
+    }
+    return ((u * spectra[kind]) @ v.mT).to(dtype)
+
+
+KINDS = ("flat", "linear", "ill-conditioned", "deficient", "one", "zero")
+shapes: dict[str, Any] = {
+    "rows": st.integers(1, 24),
+    "cols": st.integers(1, 24),
+    "batch": st.integers(1, 3),
+    "kind": st.sampled_from(KINDS),
+    "fraction": st.floats(0, 1),
+    "seed": st.integers(0, 2**16),
+}
+
+
+def _checked_residual(matrix: Tensor, rank: int) -> None:
+    """The residual of a projection equals the norm of the discarded singular values."""
+    reference = matrix.double().numpy()
+    values = np.linalg.svd(reference, compute_uv=False)
+    optimum = np.sqrt((values[:, rank:] ** 2).sum(-1))
+    norm = np.linalg.norm(reference, axis=(-2, -1))
+    decomposition = Decomposition(matrix)
+    projected = decomposition.project(rank)
+    assert projected.dtype is matrix.dtype
+    assert projected.shape == matrix.shape
+    residual = np.linalg.norm(reference - projected.double().numpy(), axis=(-2, -1))
+    # rounding of the result, and of the few sums that lead to it
+    rounding = 4 * EPS[matrix.dtype] * norm * (8 if matrix.dtype == torch.float64 else 1)
+    assert (residual <= RESIDUAL_PROMISE * optimum + rounding).all()
+    assert (residual >= optimum - rounding).all()
+    # LAPACK promises a modest multiple of eps in fp64; the Gram engine has digits to spare
+    working = 32 * EPS[torch.float64] if matrix.dtype == torch.float64 else 8 * EPS[torch.float32]
+    kept = decomposition.truncate(rank)
+    values = kept.s.double().numpy()
+    assert (values[:, :-1] >= values[:, 1:] - working * norm[:, None]).all()
+    composed = (kept.u * kept.s.unsqueeze(-2)) @ kept.vh
+    residual = np.linalg.norm(reference - composed.double().numpy(), axis=(-2, -1))
+    assert (residual <= RESIDUAL_PROMISE * optimum + working * norm).all()
+    left, right = kept.balanced()
+    assert np.allclose((left @ right).numpy(), composed.numpy(), atol=working * norm.max())
+
+
+@settings(max_examples=500)
+@given(dtype=st.sampled_from((torch.float32, torch.float64)), **shapes)
+@example(dtype=torch.float32, rows=1, cols=9, batch=1, kind="flat", fraction=1.0, seed=0)
+@example(dtype=torch.float32, rows=9, cols=1, batch=2, kind="linear", fraction=0.0, seed=0)
+@example(dtype=torch.float32, rows=8, cols=8, batch=3, kind="zero", fraction=0.5, seed=0)
+@example(dtype=torch.float64, rows=1, cols=1, batch=1, kind="one", fraction=0.0, seed=0)
+def test_residual_is_the_discarded_energy(
+    dtype: torch.dtype, rows: int, cols: int, batch: int, kind: str, fraction: float, seed: int
+) -> None:
+    rank = 1 + int(fraction * (min(rows, cols) - 1))
+    _checked_residual(_matrix(rows, cols, batch, kind, dtype, seed), rank)
+
+
+@settings(max_examples=60)
+@given(dtype=st.sampled_from((torch.float16, torch.bfloat16)), **shapes)
+def test_half_precision_is_computed_in_full(
+    dtype: torch.dtype, rows: int, cols: int, batch: int, kind: str, fraction: float, seed: int
+) -> None:
+    rank = 1 + int(fraction * (min(rows, cols) - 1))
+    matrix = _matrix(rows, cols, batch, kind, dtype, seed)
+    _checked_residual(matrix, rank)
+    assert Decomposition(matrix).truncate(rank).u.dtype is torch.float32
+    assert Decomposition(matrix).values.dtype is torch.float64
+
+
+@pytest.mark.parametrize("kind", ["tiny", "large", "ill-conditioned"])
+@pytest.mark.parametrize("shape", [(40, 300), (300, 40), (64, 64)])
+def test_promise_holds_far_from_one(kind: str, shape: tuple[int, int]) -> None:
+    matrix = _matrix(*shape, 1, kind, torch.float32, 0)
+    for rank in (1, 3, 7, 20, 39):
+        _checked_residual(matrix, rank)
+
+
+def test_matrices_of_one_batch_differ_in_size() -> None:
+    """A tiny matrix beside a large one keeps its own promise."""
+    matrix = _matrix(12, 20, 3, "linear", torch.float32, 0)
+    _checked_residual(matrix * torch.tensor([1e-6, 1.0, 1e6])[:, None, None], 5)
+
+
+def test_exact_svd_takes_over_where_the_gram_engine_falls_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bad eigenvectors are noticed by the measured residual."""
+    matrix = _matrix(12, 20, 2, "linear", torch.float32, 0)
+    eigh = torch.linalg.eigh
+
+    def wrong(gram: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = eigh(gram)
+        return values, vectors.roll(1, -1)
+
+    monkeypatch.setattr(torch.linalg, "eigh", wrong)
+    _checked_residual(matrix, 4)
+
+
+@settings(max_examples=60)
+@given(dtype=st.sampled_from((torch.float32, torch.float64)), **shapes)
+def test_values_are_numpys(
+    dtype: torch.dtype, rows: int, cols: int, batch: int, kind: str, fraction: float, seed: int
+) -> None:
+    matrix = _matrix(rows, cols, batch, kind, dtype, seed)
+    expected = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    # the square of a value is exact to eps of the largest square
+    tolerance = 1e-13 if dtype == torch.float64 else 2e-7
+    for values in (Decomposition(matrix).values, singular_values(matrix)):
+        assert values.dtype is torch.float64
+        assert np.allclose(values.numpy(), expected, rtol=0, atol=tolerance * expected.max())
+
+
+@settings(max_examples=60)
+@given(**shapes)
+def test_projecting_twice_changes_nothing(
+    rows: int, cols: int, batch: int, kind: str, fraction: float, seed: int
+) -> None:
+    rank = 1 + int(fraction * (min(rows, cols) - 1))
+    matrix = _matrix(rows, cols, batch, kind, torch.float32, seed)
+    once = Decomposition(matrix).project(rank)
+    twice = Decomposition(once).project(rank)
+    assert torch.allclose(once, twice, rtol=0, atol=4e-6 * float(once.abs().max()) + 1e-30)
+
+
+# -- polar factor ----------------------------------------------------------------------------------
+
+
+def _nuclear_gradient(matrix: Tensor) -> Tensor:
+    leaf = matrix.clone().requires_grad_()
+    torch.linalg.matrix_norm(leaf, "nuc").sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+@settings(max_examples=100)
+@given(
+    rows=st.integers(1, 16),
+    cols=st.integers(1, 16),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 999),
+)
+def test_polar_is_the_nuclear_norms_gradient(rows: int, cols: int, batch: int, seed: int) -> None:
+    """At full rank, in float64, to 1e-8."""
+    generator = torch.Generator().manual_seed(seed)
+    # well apart from rank-deficient, where the gradient is not defined
+    matrix = torch.randn(batch, rows, cols, generator=generator, dtype=torch.float64)
+    matrix = matrix + 8 * torch.eye(rows, cols, dtype=torch.float64)
+    expected = _nuclear_gradient(matrix)
+    assert torch.allclose(Decomposition(matrix).polar(), expected, rtol=0, atol=1e-8)
+    single = Decomposition(matrix.float()).polar()
+    assert torch.allclose(single.double(), expected, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=60)
+@given(dtype=st.sampled_from((torch.float32, torch.float64)), **shapes)
+def test_polar_has_singular_values_of_one_or_zero(
+    dtype: torch.dtype, rows: int, cols: int, batch: int, kind: str, fraction: float, seed: int
+) -> None:
+    matrix = _matrix(rows, cols, batch, kind, dtype, seed)
+    rank = 1 + int(fraction * (min(rows, cols) - 1))
+    values = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    polar = Decomposition(matrix).polar(rank)
+    assert polar.dtype is dtype
+    assert torch.isfinite(polar).all()
+    found = np.linalg.svd(polar.double().numpy(), compute_uv=False)
+    clear = 1e-3 * values[:, :1]
+    ones = ((values > clear) & (np.arange(values.shape[1]) < rank)).sum(1)
+    most = np.minimum((values > 1e-9 * values[:, :1]).sum(1), rank)
+    for own, least, largest in zip(found, ones, most, strict=True):
+        assert np.allclose(own[:least], 1, atol=1e-3)
+        assert np.allclose(own[largest:], 0, atol=1e-6)
+
+
+def test_polar_of_zero_is_zero() -> None:
+    for dtype in EPS:
+        polar = Decomposition(torch.zeros(2, 4, 3, dtype=dtype)).polar()
+        assert torch.equal(polar, torch.zeros(2, 4, 3, dtype=dtype))
+
+
+def test_polar_of_a_rank_is_over_the_kept_directions() -> None:
+    matrix = _matrix(6, 9, 2, "linear", torch.float64, 3)
+    u, _, vh = np.linalg.svd(matrix.numpy(), full_matrices=False)
+    expected = u[..., :2] @ vh[..., :2, :]
+    assert np.allclose(Decomposition(matrix).polar(2).numpy(), expected, atol=1e-12)
+    single = Decomposition(matrix.float()).polar(2)
+    assert np.allclose(single.numpy(), expected, atol=1e-5)
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, -1, 4, 100])
+@pytest.mark.parametrize("method", ["project", "truncate", "polar"])
+def test_rank_out_of_range_is_named(method: str, rank: int) -> None:
+    decomposition = Decomposition(torch.randn(1, 3, 5))
+    with pytest.raises(LayerError, match=f"rank {rank} is out of range for a 3×5 matrix"):
+        getattr(decomposition, method)(rank)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_failed_decomposition_is_never_hidden(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    for name in ("svd", "eigh", "svdvals", "eigvalsh"):
+        monkeypatch.setattr(torch.linalg, name, fails)
+    matrix = torch.randn(1, 3, 5, dtype=dtype)
+    with pytest.raises(NumericsError, match="1×3×5 matrix failed: did not converge"):
+        Decomposition(matrix).project(2)
+    with pytest.raises(NumericsError, match="did not converge"):
+        Decomposition(matrix).values.sum()
+    with pytest.raises(NumericsError, match="did not converge"):
+        singular_values(matrix)
+
+
+def test_non_finite_weights_are_counted_and_named() -> None:
+    weight = torch.zeros(3, 4)
+    check_finite(weight, "stem.conv")
+    weight[0, 0], weight[1, 1], weight[2, 2] = float("nan"), float("inf"), -float("inf")
+    with pytest.raises(NumericsError, match=r"'stem.conv'.* 1 NaN and 2 infinite values of 12"):
+        check_finite(weight, "stem.conv")
+
+
+def test_numerics_error_is_one_of_ours_and_arithmetic() -> None:
+    assert issubclass(NumericsError, RankPruneError)
+    assert issubclass(NumericsError, ArithmeticError)

@@ -1,0 +1,226 @@
+"""Rank rules, from spectra whose answer is known."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from rankprune import (
+    EVBMF,
+    Energy,
+    FixedRank,
+    MatrixShape,
+    RankRule,
+    Ratio,
+    Spectrum,
+    StableRank,
+    Threshold,
+    make_plan,
+)
+from rankprune.errors import ConfigError
+
+INF, NAN = math.inf, math.nan
+
+
+def _spectrum(*values: list[float]) -> Spectrum:
+    width = len(values[0])
+    return Spectrum(
+        torch.tensor(values, dtype=torch.float64), MatrixShape(len(values), width, 2 * width)
+    )
+
+
+THREE = _spectrum([3.0, 2.0, 1.0])  # energies 9/14, 13/14, 1
+FLAT = _spectrum([1.0] * 10)
+ZERO = _spectrum([0.0] * 5)
+GROUPS = _spectrum([4.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # pooled squares 17, 1, 1
+
+ANSWERS: list[tuple[RankRule, Spectrum, int]] = [
+    (Energy(9 / 14), THREE, 1),
+    (Energy(9 / 14 + 1e-9), THREE, 2),
+    (Energy(13 / 14), THREE, 2),
+    (Energy(1.0), THREE, 3),
+    (Energy(1e-9), THREE, 1),
+    (Energy(0.5), FLAT, 5),
+    (Energy(0.51), FLAT, 6),
+    (Energy(1.0), ZERO, 1),
+    (Energy(17 / 19), GROUPS, 1),
+    (Energy(0.9), GROUPS, 2),
+    (Threshold(0.0), THREE, 3),
+    (Threshold(1.0), THREE, 2),
+    (Threshold(2.999), THREE, 1),
+    (Threshold(99), THREE, 1),
+    (Threshold(0.4, relative=True), THREE, 2),
+    (Threshold(0.2, relative=True), THREE, 3),
+    (Threshold(0.0), ZERO, 1),
+    (Threshold(0.5), GROUPS, 3),
+    (Threshold(2.0), GROUPS, 1),
+    (Threshold(0.5, relative=True), GROUPS, 3),
+    (Ratio(1), FLAT, 10),
+    (Ratio(0.5), FLAT, 5),
+    (Ratio(0.44), FLAT, 4),
+    (Ratio(0.46), FLAT, 5),
+    (Ratio(0.001), FLAT, 1),
+    (FixedRank(2), THREE, 2),
+    (FixedRank(99), THREE, 3),
+    (StableRank(), FLAT, 10),
+    (StableRank(0.5), FLAT, 5),
+    (StableRank(), THREE, 2),  # 14/9, rounded up
+    (StableRank(99), THREE, 3),
+    (StableRank(), ZERO, 1),
+    (StableRank(), GROUPS, 3),
+    (EVBMF(), ZERO, 1),
+]
+
+
+@pytest.mark.parametrize(("rule", "spectrum", "rank"), ANSWERS, ids=lambda v: str(v)[:40])
+def test_known_answers(rule: RankRule, spectrum: Spectrum, rank: int) -> None:
+    assert rule.select(spectrum) == rank
+
+
+RULES: list[RankRule] = [
+    Energy(0.9),
+    Energy(1.0),
+    Threshold(0.5),
+    Threshold(0.1, relative=True),
+    Ratio(0.3),
+    FixedRank(4),
+    StableRank(),
+    StableRank(3.0),
+    EVBMF(),
+    EVBMF(weaken=0.5),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@settings(max_examples=50)
+@given(
+    batch=st.integers(1, 3),
+    small=st.integers(1, 12),
+    large=st.integers(0, 12),
+    scale=st.sampled_from((0.0, 1e-12, 1.0, 1e12)),
+    seed=st.integers(0, 999),
+)
+def test_ranks_are_always_possible(
+    rule: RankRule, batch: int, small: int, large: int, scale: float, seed: int
+) -> None:
+    """Between 1 and the largest rank, whatever the spectrum."""
+    generator = torch.Generator().manual_seed(seed)
+    values = scale * torch.rand(batch, small, generator=generator).double()
+    spectrum = Spectrum(
+        values.sort(1, descending=True).values, MatrixShape(batch, small, small + large)
+    )
+    rank = rule.select(spectrum)
+    assert isinstance(rank, int)
+    assert 1 <= rank <= small
+
+
+@settings(max_examples=100)
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=20), st.floats(0.01, 1.0))
+def test_energy_is_the_smallest_rank_that_keeps_it(values: list[float], keep: float) -> None:
+    ordered = sorted(values, reverse=True)
+    rank = Energy(keep).select(_spectrum(ordered))
+    squares = np.square(ordered)
+    assert squares[:rank].sum() >= keep * squares.sum() * (1 - 1e-9)
+    assert rank == 1 or squares[: rank - 1].sum() < keep * squares.sum()
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (40, 40), (30, 300)])
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_evbmf_recovers_a_planted_rank(shape: tuple[int, int], rank: int) -> None:
+    """Low rank plus white noise, of which the rule is told nothing."""
+    rows, cols = shape
+    generator = torch.Generator().manual_seed(rank)
+    signal = torch.randn(rows, rank, generator=generator) @ torch.randn(
+        rank, cols, generator=generator
+    )
+    noise = torch.randn(rows, cols, generator=generator)
+    for level in (0.1, 0.5, 1.0):
+        values = torch.linalg.svdvals((signal + level * noise).double()).unsqueeze(0)
+        assert EVBMF().select(Spectrum(values, MatrixShape(1, rows, cols))) == rank
+
+
+def test_evbmf_finds_nothing_in_noise() -> None:
+    values = torch.linalg.svdvals(torch.randn(80, 120).double()).unsqueeze(0)
+    spectrum = Spectrum(values, MatrixShape(1, 80, 120))
+    assert EVBMF().select(spectrum) == 1
+    # a share of what is called noise is kept nonetheless
+    assert EVBMF(weaken=0.25).select(spectrum) == 20
+
+
+def test_evbmf_takes_the_largest_of_the_groups() -> None:
+    def values(rank: int) -> torch.Tensor:
+        matrix = 3 * torch.randn(50, rank) @ torch.randn(rank, 70) + 0.3 * torch.randn(50, 70)
+        return torch.linalg.svdvals(matrix.double())
+
+    spectrum = Spectrum(torch.stack([values(2), values(7), values(4)]), MatrixShape(3, 50, 70))
+    assert EVBMF().select(spectrum) == 7
+
+
+def test_evbmf_does_not_depend_on_the_scale() -> None:
+    matrix = torch.randn(40, 5) @ torch.randn(5, 60) + 0.5 * torch.randn(40, 60)
+    values = torch.linalg.svdvals(matrix.double()).unsqueeze(0)
+    for scale in (1e-12, 1.0, 1e12):
+        assert EVBMF().select(Spectrum(scale * values, MatrixShape(1, 40, 60))) == 5
+
+
+REFUSED: list[tuple[type[RankRule], Any]] = [
+    *((Energy, value) for value in (0, -0.1, 1.01, NAN, INF, "0.9", None, True)),
+    *((Threshold, value) for value in (-1e-9, NAN, INF, "1", None, True)),
+    *((Ratio, value) for value in (0, -0.5, 1.5, NAN, "half", None, True)),
+    *((FixedRank, value) for value in (0, -1, 1.5, NAN, "4", None, True)),
+    *((StableRank, value) for value in (0, -1.0, NAN, INF, "1", None, True)),
+    *((EVBMF, value) for value in (-0.1, 1.0, NAN, "0", None, True)),
+]
+
+
+@pytest.mark.parametrize(("rule", "value"), REFUSED, ids=lambda v: getattr(v, "__name__", repr(v)))
+def test_impossible_values_are_named(rule: Any, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        rule(value)
+    assert rule.__name__ in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+def test_relative_threshold_is_below_one() -> None:
+    with pytest.raises(ConfigError, match="relative needs value < 1"):
+        Threshold(1.0, relative=True)
+    assert Threshold(1.0).select(THREE) == 2
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_rules_are_values(rule: RankRule) -> None:
+    assert eval(repr(rule)) == rule
+    assert hash(rule) == hash(eval(repr(rule)))
+    with pytest.raises(AttributeError):
+        rule.rank = 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("multiple_of", "ranks"), [(1, (5, 7)), (4, (8, 8)), (8, (8, 8)), (16, (16, 10))]
+)
+def test_ranks_are_rounded_up_to_multiples(multiple_of: int, ranks: tuple[int, int]) -> None:
+    """At most to the largest rank."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 10))
+    overrides = {"0": FixedRank(5), "1": FixedRank(7)}
+    plan = make_plan(model, Ratio(1), overrides=overrides, guard=False, multiple_of=multiple_of)
+    assert tuple(layer.rank for layer in plan.layers) == ranks
+
+
+def test_groups_share_one_rank_by_pooled_energy() -> None:
+    """One group of rank 1 with nearly all the energy, one of rank 4 with little."""
+    layer = nn.Conv2d(16, 16, 3, groups=2, bias=False)
+    with torch.no_grad():
+        weight = layer.weight.view(2, 8, 72)
+        weight[0] = 100 * torch.ones(8, 1) @ torch.ones(1, 72)
+        weight[1] = torch.randn(8, 4) @ torch.randn(4, 72)
+    model = nn.Sequential(layer)
+    options: dict[str, Any] = {"scheme": "channel", "guard": False}
+    assert make_plan(model, Energy(0.99), **options)["0"].rank == 1
+    assert make_plan(model, Threshold(1e-3), **options)["0"].rank == 4
