@@ -200,9 +200,7 @@ class Plan:
             PlanError: malformed, of a newer schema, or with impossible numbers.
         """
         try:
-            document = json.loads(
-                text, parse_constant=_refuse_constant, parse_float=_finite_float
-            )
+            document = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
         except (ValueError, RecursionError) as error:
             raise PlanError(f"{source}: not valid JSON: {error}") from None
         reader = _Reader(source, document)

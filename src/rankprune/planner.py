@@ -137,7 +137,7 @@ def make_plan(
     Example:
         >>> import torch
         >>> from rankprune import Energy
-        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
         >>> plan = make_plan(model, Energy(0.5), example_inputs=torch.zeros(1, 64))
         >>> [layer.scheme for layer in plan.layers]
         ['linear', None]
@@ -327,13 +327,16 @@ def _options(site: Site, wanted: _Settings, *, guard: bool, multiple_of: int) ->
     assert site.spec is not None
     schemes, refusal = applicable(site.spec, wanted.scheme)
     if isinstance(wanted.rank, _ExactRank):
+        rank = wanted.rank.rank
         shapes = [scheme.matrix_shape(site.spec) for scheme in schemes]
         largest = max((shape.max_rank for shape in shapes), default=0)
-        if wanted.rank.rank > largest:
+        if rank > largest:
             raise ConfigError(
-                f"layer {site.name!r}: rank {wanted.rank.rank} exceeds the largest possible, "
+                f"layer {site.name!r}: rank {rank} exceeds the largest possible, "
                 f"{largest}" + (f" ({refusal})" if refusal else "")
             )
+        # a scheme with a smaller largest rank would quietly give another one than asked for
+        schemes = [s for s, own in zip(schemes, shapes, strict=True) if own.max_rank >= rank]
     if not schemes:
         return [Option(_dense(site, refusal), 0.0)]
     options = [_LayerOption(site, scheme) for scheme in schemes]

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import secrets
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ WEIGHTS = "model.safetensors"
 _WEIGHTS_NAME = re.compile(r"model(-[0-9a-f]{12})?\.safetensors")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _MAX_PLAN_BYTES = 64 * 2**20
+# In the weights' own header, where the sha256 covers them: JSON of name to name.
+_ALIASES = "aliases"
 
 
 def save(
@@ -60,6 +63,7 @@ def save(
     """
     folder = Path(folder)
     described = _described(model, plan).with_metadata(**(metadata or {}))
+    document = json.loads(described.to_json())
     if (folder / PLAN).exists() and not overwrite:
         raise FileError(
             f"{folder}: holds a saved model already; choose another folder or overwrite it"
@@ -69,14 +73,14 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         _remove_stale(folder)
         with _temporary(folder, WEIGHTS) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+            header = {"format": "pt", _ALIASES: json.dumps(aliases)}
+            save_file(tensors, temporary, metadata=header)
             digest = file_sha256(temporary)
             name = WEIGHTS
             if (folder / WEIGHTS).exists():
                 name = f"model-{digest[:12]}.safetensors"
             _commit(temporary, folder / name)
-        document = json.loads(described.to_json())
-        document["weights"] = {"file": name, "sha256": digest, "aliases": aliases}
+        document["weights"] = {"file": name, "sha256": digest}
         write_atomically(folder / PLAN, json.dumps(document, indent=1, allow_nan=False).encode())
         for other in folder.iterdir():
             if _WEIGHTS_NAME.fullmatch(other.name) and other.name != name:
@@ -223,15 +227,13 @@ def _read_document(folder: Path) -> tuple[Plan, dict[str, Any]]:
 
 def _weights_entry(path: Path, document: dict[str, Any]) -> dict[str, Any]:
     entry = document.get("weights")
-    if not isinstance(entry, dict) or set(entry) != {"file", "sha256", "aliases"}:
-        raise PlanError(f"{path}: 'weights' must name file, sha256 and aliases")
-    name, digest, aliases = entry["file"], entry["sha256"], entry["aliases"]
+    if not isinstance(entry, dict) or set(entry) != {"file", "sha256"}:
+        raise PlanError(f"{path}: 'weights' must name file and sha256")
+    name, digest = entry["file"], entry["sha256"]
     if not isinstance(name, str) or not _WEIGHTS_NAME.fullmatch(name):
         raise PlanError(f"{path}: refused weights file name {str(name)[:80]!r}")
     if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
         raise PlanError(f"{path}: 'sha256' must be 64 hexadecimal digits")
-    if not isinstance(aliases, dict) or not all(isinstance(v, str) for v in aliases.values()):
-        raise PlanError(f"{path}: 'aliases' must map names to names")
     return entry
 
 
@@ -251,7 +253,20 @@ def _open(folder: Path) -> tuple[Plan, dict[str, Tensor], dict[str, str]]:
             f"{path}: damaged or changed: its sha256 is {digest[:12]}…, the plan says "
             f"{entry['sha256'][:12]}…; get a fresh copy"
         )
-    return plan, read_tensors(path), entry["aliases"]
+    return plan, read_tensors(path), _read_aliases(path)
+
+
+def _read_aliases(path: Path) -> dict[str, str]:
+    """Names that share another name's tensor, out of the weights' header."""
+    with _reporting(path, "read"), safe_open(path, framework="pt") as archive:
+        text = (archive.metadata() or {}).get(_ALIASES, "{}")
+    try:
+        aliases = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}: {_ALIASES} are not valid JSON: {error}") from None
+    if not isinstance(aliases, dict) or not all(isinstance(v, str) for v in aliases.values()):
+        raise FileError(f"{path}: {_ALIASES} must map names to names")
+    return aliases
 
 
 def _check_names(
@@ -263,8 +278,12 @@ def _check_names(
 ) -> None:
     """Compare names and shapes with what the factorised model will have."""
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    places: defaultdict[int, list[str]] = defaultdict(list)  # one module may stand at many names
+    for name, module in model.named_modules(remove_duplicate=False):
+        places[id(module)].append(name)
     for entry in plan.factorized:
-        for name in (entry.name, *entry.tied):
+        planned = (model.get_submodule(name) for name in (entry.name, *entry.tied))
+        for name in (place for module in planned for place in places[id(module)]):
             bias = expected.pop(f"{name}.bias", None)
             expected.pop(f"{name}.weight", None)
             for position, spec in enumerate(entry.factors()):

@@ -27,7 +27,7 @@ from rankprune.plan import LayerPlan, Plan
 from rankprune.planner import Budget, Override, make_plan, rank_rules, realise, round_rank
 from rankprune.profile import ExampleInputs
 from rankprune.ranks import RankRule, Spectrum
-from rankprune.schemes import SCHEMES, Scheme
+from rankprune.schemes import SCHEMES, Scheme, get_scheme
 
 NUCLEAR_MODES = ("gradient", "decoupled")
 NUCLEAR_WHEN = ("projection", "step")
@@ -200,8 +200,8 @@ class Controller:
         if self.options.nuclear_mode == "decoupled":
             rates = _learning_rates(optimizer) if optimizer is not None else {}
             for target, polar in self._polars():
-                rate = rates.get(id(target.weight), 0.0)
                 weight = target.weight
+                rate = rates.get(id(weight), 0.0) if weight.requires_grad else 0.0
                 weight.sub_((rate * self.options.nuclear * polar).to(weight.dtype))
         for target in self._targets:
             target.polar = None
@@ -300,15 +300,21 @@ class Controller:
             raise ConfigError(f"not a controller's state: {error!r}") from None
         if version != 1:
             raise ConfigError(f"controller state of version {version!r}; this rankprune reads 1")
+        trained = {target.name for target in self._targets}
+        if not isinstance(self.options.rank, Budget) and trained != set(layers):
+            raise ConfigError("controller state: it was taken with other layers or options")
         modules = dict(self.model.named_modules())
         targets = []
         for name, item in layers.items():
             spec = LayerSpec.of(modules[name]) if name in modules else None
             if spec is None:
                 raise ConfigError(f"controller state: the model has no layer {name!r}")
-            target = _Target(name, modules[name], spec, SCHEMES[item["scheme"]], item["rank"])
-            target.energy = item["energy"]
-            polar = item["polar"]
+            try:
+                scheme, rank = get_scheme(item["scheme"]), item["rank"]
+                energy, polar = item["energy"], item["polar"]
+            except (KeyError, TypeError) as error:
+                raise ConfigError(f"controller state of layer {name!r}: {error!r}") from None
+            target = _Target(name, modules[name], spec, scheme, rank, energy)
             target.polar = None if polar is None else polar.to(target.weight.device)
             targets.append(target)
         self.step, self._replans, self._targets = step, replans, targets

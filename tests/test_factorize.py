@@ -1,0 +1,383 @@
+"""Dense layers to factors and back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cases import (
+    BiasTiedLinears,
+    Conv1D,
+    SharedModule,
+    TiedConvs,
+    TiedEmbedding,
+    TiedLinears,
+    UnequallyTiedConvs,
+    cnn_input,
+    mobilenet_v2,
+    relative_error,
+    resnet18,
+    resnet20,
+    small_cnn,
+)
+from rankprune import (
+    Budget,
+    FixedRank,
+    LowRank,
+    NumericsError,
+    Plan,
+    PlanError,
+    Ratio,
+    count_params,
+    defactorize,
+    factorize,
+    make_plan,
+    plan_of,
+)
+from rankprune.factorize import low_rank_layers
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "small_cnn": (small_cnn, (2, 3, 12, 12)),
+    "tied linears": (TiedLinears, (2, 20)),
+    "tied convs": (TiedConvs, (2, 12, 6, 6)),
+    "unequally tied convs": (UnequallyTiedConvs, (2, 12, 6, 6)),
+    "linears tied but for the bias": (BiasTiedLinears, (2, 20)),
+    "shared module": (SharedModule, (2, 20)),
+    "resnet20": (resnet20, (2, 3, 32, 32)),
+}
+networks = pytest.mark.parametrize(
+    ("build", "shape"), NETWORKS.values(), ids=[name.replace(" ", "_") for name in NETWORKS]
+)
+
+
+def _built(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return build()
+
+
+@networks
+def test_full_rank_network_answers_the_same(
+    build: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    model, x = _built(build).eval(), torch.randn(shape)
+    plan = make_plan(model, Ratio(1.0), guard=False)
+    compact = factorize(model, plan)
+    assert low_rank_layers(compact)
+    with torch.no_grad():
+        assert relative_error(compact(x), model(x)) <= 1e-5
+
+
+@networks
+def test_defactorize_computes_what_the_factors_do(
+    build: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    model, x = _built(build).double().eval(), torch.randn(shape).double()
+    compact = factorize(model, make_plan(model, Ratio(0.4), guard=False))
+    dense = defactorize(compact)
+    assert not low_rank_layers(dense)
+    assert low_rank_layers(compact)
+    assert [type(m) for m in dense.modules()] == [type(m) for m in model.modules()]
+    assert dense.state_dict().keys() == model.state_dict().keys()
+    # ties are kept
+    assert count_params(dense) == count_params(model)
+    with torch.no_grad():
+        assert relative_error(dense(x), compact(x)) <= 1e-12
+    again = factorize(dense, plan_of(compact))
+    with torch.no_grad():
+        assert relative_error(again(x), compact(x)) <= 1e-12
+
+
+def test_factors_of_one_weight_are_shared() -> None:
+    for model in (TiedLinears(), TiedConvs()):
+        compact = factorize(model, make_plan(model, FixedRank(3), guard=False))
+        assert compact.a[0].weight is compact.b[0].weight
+        assert compact.a[1].weight is compact.b[1].weight
+        assert compact.a[1].bias is not compact.b[1].bias
+        assert torch.equal(compact.b[1].bias, model.b.bias)
+
+
+def test_a_shared_module_is_replaced_at_every_place() -> None:
+    model = SharedModule()
+    compact = factorize(model, make_plan(model, FixedRank(3)))
+    assert isinstance(compact.a, LowRank)
+    assert compact.b is compact.a
+    assert compact.c[1] is compact.a
+    assert compact.c[0] is not compact.a
+
+
+def test_a_tied_head_stays_tied_to_its_embedding() -> None:
+    model = TiedEmbedding()
+    compact = factorize(model, make_plan(model, FixedRank(3)))
+    assert isinstance(compact.body, LowRank)
+    assert compact.head.weight is compact.embed.weight
+
+
+def test_the_original_is_not_touched() -> None:
+    model = small_cnn()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    modules = list(model.modules())
+    plan = make_plan(model, FixedRank(4))
+    compact = factorize(model, plan)
+    assert list(model.modules()) == modules
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert not own & {parameter.data_ptr() for parameter in compact.parameters()}
+
+
+def test_inplace_changes_the_model_itself() -> None:
+    model = small_cnn()
+    plan = make_plan(model, FixedRank(4))
+    expected = factorize(model, plan)
+    norm = model[1]
+    assert factorize(model, plan, inplace=True) is model
+    assert isinstance(model[0], LowRank)
+    assert model[1] is norm
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[key])
+    assert defactorize(model, inplace=True) is model
+    assert isinstance(model[0], nn.Conv2d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_device_dtype_mode_and_requires_grad_are_kept(dtype: torch.dtype) -> None:
+    model = small_cnn().to(dtype)
+    model[0].eval()
+    model[3].weight.requires_grad_(False)
+    model[10].bias.requires_grad_(False)
+    compact = factorize(model, make_plan(model, FixedRank(4), guard=False))
+    assert len(low_rank_layers(compact)) == 5
+    for parameter in compact.parameters():
+        assert parameter.dtype is dtype
+        assert parameter.device.type == "cpu"
+    modes = [[m.training for m in compact[i].modules()] for i in (0, 3)]
+    assert modes == [[False] * 3, [True] * 3]
+    assert not any(p.requires_grad for p in compact[3].parameters())
+    assert compact[10][1].weight.requires_grad
+    assert not compact[10][1].bias.requires_grad
+    assert all(p.requires_grad for p in compact[6].parameters())
+    back = defactorize(compact)
+    assert [p.requires_grad for p in back.parameters()] == [
+        p.requires_grad for p in model.parameters()
+    ]
+    assert {p.dtype for p in back.parameters()} == {dtype}
+    assert not back[0].training
+
+
+@networks
+def test_factors_own_contiguous_memory(
+    build: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    """A view would keep, and save, the whole SVD."""
+    model = _built(build)
+    compact = factorize(model, make_plan(model, Ratio(0.4), guard=False))
+    for low_rank in low_rank_layers(compact).values():
+        for parameter in low_rank.parameters():
+            assert parameter.is_contiguous()
+            assert parameter.untyped_storage().nbytes() == parameter.numel() * 4
+            assert parameter.grad_fn is None
+
+
+def test_factors_are_balanced() -> None:
+    """√σ on each side: both have the same Frobenius norm."""
+    model = nn.Sequential(nn.Linear(30, 50, bias=False))
+    compact = factorize(model, make_plan(model, FixedRank(5)))
+    first, second = compact[0][0].weight, compact[0][1].weight
+    assert torch.allclose(first.norm(), second.norm(), rtol=1e-5)
+    assert torch.allclose(first @ first.mT, second.mT @ second, atol=1e-5)
+
+
+@networks
+def test_deepcopy_and_pickle_round_trip(
+    build: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    model, x = _built(build).eval(), torch.randn(shape)
+    compact = factorize(model, make_plan(model, Ratio(0.4), guard=False))
+    stream = io.BytesIO()
+    torch.save(compact, stream)
+    stream.seek(0)
+    copies = [
+        copy.deepcopy(compact),
+        pickle.loads(pickle.dumps(compact)),
+        torch.load(stream, weights_only=False),
+    ]
+    with torch.no_grad():
+        for twin in copies:
+            assert torch.equal(twin(x), compact(x))
+            assert plan_of(twin) == plan_of(compact)
+            assert count_params(twin) == count_params(compact)
+
+
+def test_compact_network_trains() -> None:
+    model = small_cnn()
+    compact = factorize(model, make_plan(model, FixedRank(4)))
+    compact(cnn_input()).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in compact[0].parameters())
+
+
+def test_no_random_numbers_are_drawn() -> None:
+    model = small_cnn()
+    plan = make_plan(model, FixedRank(4))
+    state = torch.get_rng_state()
+    defactorize(factorize(model, plan))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_hugging_face_conv1d_becomes_linear() -> None:
+    model, x = nn.Sequential(Conv1D(20, 12)), torch.randn(3, 5, 12)
+    compact = factorize(model, make_plan(model, FixedRank(12), guard=False))
+    assert [type(m) for m in compact[0]] == [nn.Linear, nn.Linear]
+    dense = defactorize(compact)
+    assert type(dense[0]) is nn.Linear
+    with torch.no_grad():
+        assert relative_error(compact(x), model(x)) <= 1e-5
+        assert relative_error(dense(x), model(x)) <= 1e-5
+
+
+def test_low_rank_says_what_it_is() -> None:
+    model = small_cnn()
+    compact = factorize(model, make_plan(model, FixedRank(4)))
+    assert "LowRank(\n    scheme=" in str(compact)
+    assert f"scheme={compact[0].layer.scheme}, rank=4" in str(compact[0])
+
+
+# -- plans of parts and wholes ---------------------------------------------------------------------
+
+
+def test_plan_of_is_the_plan_that_it_was_made_with() -> None:
+    for build in (small_cnn, TiedLinears, TiedConvs, SharedModule):
+        model = _built(build)
+        plan = make_plan(model, FixedRank(3), guard=False)
+        found = plan_of(factorize(model, plan))
+        assert found.layers == plan.factorized
+        assert (found.dense_params, found.params) == (plan.dense_params, plan.params)
+
+
+def test_plan_of_a_dense_model_is_empty() -> None:
+    assert plan_of(small_cnn()) == Plan(layers=(), dense_params=count_params(small_cnn()))
+
+
+def test_plan_of_a_part_or_a_whole_has_the_names_that_are_there() -> None:
+    """A factorised backbone in a larger model, and a block taken out of a factorised model."""
+
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(20, 20), TiedLinears())
+
+    model = Backbone()
+    compact = factorize(model, make_plan(model, FixedRank(3)))
+    whole = nn.Sequential(nn.ReLU(), compact)
+    assert [(x.name, x.tied) for x in plan_of(whole).layers] == [
+        ("1.body.0", ()),
+        ("1.body.1.a", ("1.body.1.b",)),
+    ]
+    assert [(x.name, x.tied) for x in plan_of(compact.body).layers] == [
+        ("0", ()),
+        ("1.a", ("1.b",)),
+    ]
+    part = factorize(nn.Sequential(nn.ReLU(), Backbone()), plan_of(whole))
+    assert count_params(part) == count_params(whole)
+
+
+# -- plans of other models -------------------------------------------------------------------------
+
+
+def _plan(model: nn.Module) -> Plan:
+    return make_plan(model, FixedRank(2), guard=False)
+
+
+def _retied() -> nn.Module:
+    model = TiedLinears()
+    model.b.weight = nn.Parameter(model.b.weight.detach().clone())
+    return model
+
+
+def _weight_normed() -> nn.Module:
+    model = nn.Sequential(nn.Linear(8, 8))
+    from torch.nn.utils import prune
+
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+WRONG: dict[str, tuple[nn.Module, nn.Module, str]] = {
+    "missing": (
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)),
+        nn.Sequential(nn.Linear(8, 8)),
+        "'1' is not in the model.*made for another model",
+    ),
+    "near name": (
+        nn.ModuleDict({"layer1": nn.Linear(8, 8)}),
+        nn.ModuleDict({"layer2": nn.Linear(8, 8)}),
+        "did you mean 'layer2'",
+    ),
+    "shape": (
+        nn.Sequential(nn.Linear(8, 8)),
+        nn.Sequential(nn.Linear(8, 9)),
+        r"planned linear with weight \(8, 8\), the model has linear with weight \(9, 8\)",
+    ),
+    "bias": (nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8, bias=False)), "no bias"),
+    "stride": (
+        nn.Sequential(nn.Conv2d(8, 8, 3)),
+        nn.Sequential(nn.Conv2d(8, 8, 3, stride=2)),
+        r"stride \(1, 1\).*stride \(2, 2\)",
+    ),
+    "type": (nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.ReLU()), "the model has ReLU"),
+    "factorised already": (
+        nn.Sequential(nn.Linear(8, 8)),
+        factorize(m := nn.Sequential(nn.Linear(8, 8)), _plan(m)),
+        "the model has LowRank",
+    ),
+    "not tied": (TiedLinears(), _retied(), "'a' and 'b' share one weight in the plan, but not in"),
+    "pruned": (nn.Sequential(nn.Linear(8, 8)), _weight_normed(), "not a parameter of its own"),
+}
+
+
+@pytest.mark.parametrize(
+    ("planned", "given", "complaint"), WRONG.values(), ids=[key.replace(" ", "_") for key in WRONG]
+)
+def test_a_plan_of_another_model_is_refused(
+    planned: nn.Module, given: nn.Module, complaint: str
+) -> None:
+    plan = _plan(planned)
+    state = [(name, type(module)) for name, module in given.named_modules()]
+    for inplace in (False, True):
+        with pytest.raises(PlanError, match=complaint):
+            factorize(given, plan, inplace=inplace)
+    assert [(name, type(module)) for name, module in given.named_modules()] == state
+
+
+def test_non_finite_weights_are_named_before_anything_is_changed() -> None:
+    model = small_cnn()
+    plan = make_plan(model, FixedRank(4))
+    with torch.no_grad():
+        model[10].weight[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match="layer '10': the weight holds 1 NaN"):
+        factorize(model, plan, inplace=True)
+    assert not low_rank_layers(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [resnet18, mobilenet_v2], ids=["resnet18", "mobilenet_v2"])
+def test_full_rank_zoo_network_answers_the_same(build: Callable[[], nn.Module]) -> None:
+    model, x = build().eval(), torch.randn(1, 3, 64, 64)
+    compact = factorize(model, make_plan(model, Ratio(1.0), guard=False))
+    with torch.no_grad():
+        assert relative_error(compact(x), model(x)) <= 1e-5
+
+
+def test_a_plan_without_factors_copies_the_model() -> None:
+    model = small_cnn()
+    plan = make_plan(model, Budget(params=1.0))
+    assert not plan.factorized
+    compact = factorize(model, plan)
+    assert compact is not model
+    x: Tensor = cnn_input()
+    with torch.no_grad():
+        assert torch.equal(compact.eval()(x), model.eval()(x))
