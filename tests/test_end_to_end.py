@@ -177,7 +177,7 @@ def test_diverged_weights_are_refused_by_name() -> None:
     trp = rp.attach(model, optimizer, rp.TRP(rank=rp.FixedRank(2), every=1))
     with torch.no_grad():
         model[6].weight[0, 0] = float("nan")
-    with pytest.raises(rp.NumericsError, match="'6'.* 1 NaN"):
+    with pytest.raises(rp.NumericsError, match=r"'6'.* 1 NaN"):
         trp.project()
 
 

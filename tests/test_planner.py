@@ -331,7 +331,9 @@ def test_budget_is_met_and_used(
     dense, compact = profile(model, x), profile(factorize(model, plan), x)
     shares = {name: getattr(compact, name) / getattr(dense, name) for name in bounds}
     assert all(shares[name] <= bound for name, bound in bounds.items()), shares
-    slack = 0.01 if len(list(model.parameters())) > 20 else 0.08
+    slack = (
+        0.01 if len(list(model.parameters())) > 20 else 0.1
+    )  # one rank is that much of a small one
     assert max(shares[name] / bound for name, bound in bounds.items()) >= 1 - slack, shares
     for layer in plan.layers:
         assert layer.params <= layer.dense_params
@@ -479,7 +481,7 @@ def test_energy_in_the_plan_is_that_of_the_weights() -> None:
     plan = make_plan(model, Ratio(0.4), guard=False)
     compact = factorize(model.double(), plan)
     for layer in plan.factorized:
-        weight = model.get_submodule(layer.name).weight
+        weight = model.get_submodule(layer.name).weight.detach()
         lost = (weight - compact.get_submodule(layer.name).dense_weight()).square().sum()
         assert 1 - float(lost / weight.square().sum()) == pytest.approx(layer.energy, abs=1e-6)
         assert isinstance(layer.spec, LayerSpec)

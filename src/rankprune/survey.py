@@ -117,7 +117,7 @@ def survey(model: nn.Module, cost: Profile | None = None) -> list[Site]:
             continue
         spec = LayerSpec.of(module)
         obstacle = _obstacle(module, spec, parents.get(name))
-        if not name:
+        if not name and not obstacle:
             obstacle = "the model is this one layer; wrap it in nn.Sequential to factorise it"
         tied: tuple[str, ...] = ()
         if spec is not None and not obstacle:
