@@ -653,9 +653,9 @@ BAD_STATES: list[tuple[Any, str]] = [
             "version": 1,
             "step": 0,
             "replans": 0,
-            "layers": dict.fromkeys(
-                "02", {"scheme": "svd", "rank": 3, "energy": None, "polar": None}
-            ),
+            "layers": {
+                key: {"scheme": "svd", "rank": 3, "energy": None, "polar": None} for key in "02"
+            },
         },
         "unknown scheme 'svd'",
     ),
