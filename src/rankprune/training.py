@@ -151,6 +151,7 @@ class Controller:
         self._handles: list[Any] = []
         self._finished: Plan | None = None
         self._replans = 0
+        self._targets: list[_Target] = []
         self._rules: dict[str, RankRule] = {}
         if isinstance(options.rank, RankRule):
             self._rules = rank_rules(self.model, options.rank, overrides=options.overrides)
