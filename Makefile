@@ -25,7 +25,8 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
+	@set -e; for script in $(or $(wildcard benchmarks/*.py),$(error there is nothing in benchmarks/ yet)); do \
+	  echo "== $$script"; $(BIN)/python $$script --quick; done
 
 $(STAMP): pyproject.toml constraints-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rankprune needs Python 3.11 or newer: make PYTHON=python3.11")'

@@ -231,3 +231,17 @@ def test_weights_of_another_architecture_are_refused(weights: Path, tmp_path: Pa
     args = ["compress", weights, "--model", "resnet20_cifar10", "--input-size", "3x32x32"]
     done = cli(*args, "--flops", 0.5, "--out", tmp_path / "out", code=3)
     assert "weights of another model" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "rankprune.cli", *RUN, "--epochs", "2", "--out", str(out), "--json"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((out / "report.json").read_text())
+    measured = json.loads(cli("eval", out / "compact", "--data", "fake", "--json").stdout)
+    assert measured["accuracy"] == json.loads(done.stdout)["compact"]["accuracy"]

@@ -191,8 +191,9 @@ def train(
             document = runs.read_report(out)
             show(document, _report_text(document))
             return
-        report = runs.run(options, out, _progress())
-        show(report.to_dict(), report)
+        report = runs.run(options, out, _progress() if runs.is_main_process() else None)
+        if runs.is_main_process():
+            show(report.to_dict(), report)
 
 
 @app.command()

@@ -170,8 +170,11 @@ class Controller:
         """Replace every layer's weight by its low-rank approximation, in place.
 
         Raises:
-            NumericsError: a weight holds NaN or infinity; the message names the layer.
+            NumericsError: a weight holds NaN or infinity; the message names the layer, and no
+                layer has been changed.
         """
+        for target in self._targets:
+            check_finite(target.weight.detach(), target.name)
         for target in self._targets:
             decomposition = target.decompose()
             self._project(target, decomposition, self._rank_now(target, decomposition))

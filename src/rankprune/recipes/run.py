@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -42,6 +43,8 @@ def prepare_folder(folder: Path, config: TrainConfig, *, resume: bool, force: bo
         FileError: the folder is not empty, and neither resumed nor forced.
         ConfigError: resumed with other options.
     """
+    if not is_main_process():
+        return  # the others join once the training starts
     if folder.exists() and not folder.is_dir():
         raise FileError(f"{folder}: exists and is not a folder")
     if folder.is_dir() and any(folder.iterdir()):
@@ -63,6 +66,11 @@ def prepare_folder(folder: Path, config: TrainConfig, *, resume: bool, force: bo
     write_atomically(folder / CONFIG, to_yaml(config))
 
 
+def is_main_process() -> bool:
+    """Whether this is the process of a torchrun job that writes and prints; alone, it is."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def run(config: TrainConfig, folder: Path, progress: Progress | None = None) -> Report:
     """Train as configured, in a folder that `prepare_folder` has made.
 
@@ -79,7 +87,7 @@ def run(config: TrainConfig, folder: Path, progress: Progress | None = None) -> 
         return _run(config, folder, progress)
     except RankPruneError:
         # a run that could not begin leaves nothing that would stop the next one
-        if not any(folder.rglob(CHECKPOINT)):
+        if is_main_process() and not any(folder.rglob(CHECKPOINT)):
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -89,8 +97,9 @@ def _run(config: TrainConfig, folder: Path, progress: Progress) -> Report:
     baseline = None
     if config.baseline and config.method == "trp":
         dense = config.model_copy(update={"method": "dense", "baseline": False})
-        (folder / "baseline").mkdir(exist_ok=True)
-        write_atomically(folder / "baseline" / CONFIG, to_yaml(dense))
+        if is_main_process():
+            (folder / "baseline").mkdir(exist_ok=True)
+            write_atomically(folder / "baseline" / CONFIG, to_yaml(dense))
         _, accuracies = _train(dense, folder / "baseline", data, progress)
         baseline = accuracies["dense"]
     result, accuracies = _train(config, folder, data, progress)
