@@ -175,11 +175,11 @@ def test_truncated_layer_computes_what_the_projected_weight_does(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", range(16))
 def test_full_rank_reproduces_every_layer_there_is(part: int) -> None:
     """The whole product of options, not a sample of it."""
     failures = []
-    for case in itertools.islice(every_layer(), part, None, 8):
+    for case in itertools.islice(every_layer(), part, None, 16):
         x = case.input()
         for scheme_name in schemes_of(case):
             model, compact = _full_rank(case, scheme_name)
