@@ -335,6 +335,11 @@ WRONG: dict[str, tuple[nn.Module, nn.Module, str]] = {
         "the model has LowRank",
     ),
     "not tied": (TiedLinears(), _retied(), "'a' and 'b' share one weight in the plan, but not in"),
+    "tied but unlike": (
+        TiedConvs(),
+        UnequallyTiedConvs(),
+        "layer 'b' does not fit the plan",
+    ),
     "pruned": (nn.Sequential(nn.Linear(8, 8)), _weight_normed(), "not a parameter of its own"),
 }
 

@@ -70,7 +70,16 @@ def test_choice_is_the_best_there_is(problem: tuple[list[list[Choice]], list[flo
 
 
 def test_budget_is_used_where_it_can_be() -> None:
-    """The cheap option loses nothing, yet the limit is used to within the slack."""
+    """A choice that uses the limit is taken though it loses more than one that does not."""
+    groups = [
+        [Choice(0.0, (70.0,)), Choice(0.05, (40.0,))],
+        [Choice(0.0, (50.0,)), Choice(0.2, (30.0,))],
+    ]
+    assert solve(groups, [100.0]) == [0, 1]
+    assert solve(groups, [95.0]) == [1, 0]
+
+
+def test_limits_are_kept_where_dearer_options_lose_less() -> None:
     groups = [[Choice(0.0, (10.0,)), Choice(1e-9, (5.0,))], [Choice(0.0, (100.0,))]]
     assert solve(groups, [110.0]) == [0, 0]
     assert solve(groups, [109.0]) == [1, 0]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import nn
 
 from rankprune import (
@@ -144,6 +145,45 @@ def test_evbmf_recovers_a_planted_rank(shape: tuple[int, int], rank: int) -> Non
     for level in (0.1, 0.5, 1.0):
         values = torch.linalg.svdvals((signal + level * noise).double()).unsqueeze(0)
         assert EVBMF().select(Spectrum(values, MatrixShape(1, rows, cols))) == rank
+
+
+def _evbmf_oracle(values: NDArray[np.float64], rows: int, cols: int) -> int:
+    """Theorem 2 and corollary 1 of Nakajima et al. 2015, by loops over a fine grid of variances."""
+    small, large = min(rows, cols), max(rows, cols)
+    alpha = small / large
+    tau_bar = 2.5129 * math.sqrt(alpha)
+    x_bar = (1 + tau_bar) * (1 + alpha / tau_bar)
+    most = min(math.ceil(small / (1 + alpha)) - 1, small - 1)
+    upper = (values**2).sum() / (small * large)
+    lower = max(values[most] ** 2 / (large * x_bar), (values[most:] ** 2).mean() / large)
+    best, answer = math.inf, 0
+    for variance in np.geomspace(lower, upper, 3000):
+        energy, rank = 0.0, 0
+        for x in values**2 / (large * variance):
+            energy += x - math.log(x)
+            if x > x_bar:
+                b = x - (1 + alpha)
+                tau = (b + math.sqrt(b * b - 4 * alpha)) / 2
+                energy += math.log(tau + 1) + alpha * math.log(tau / alpha + 1) - tau
+                rank += 1
+        if energy < best:
+            best, answer = energy, rank
+    return answer
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20), (16, 16)])
+def test_evbmf_is_that_of_the_paper(shape: tuple[int, int]) -> None:
+    """Also where the signal is about as weak as the noise."""
+    rows, cols = shape
+    found = set()
+    for level in np.linspace(0.5, 3.0, 12):
+        signal = torch.randn(rows, 6) @ torch.diag(torch.linspace(1, 0.1, 6)) @ torch.randn(6, cols)
+        values = torch.linalg.svdvals((signal + level * torch.randn(rows, cols)).double())
+        expected = _evbmf_oracle(values.numpy(), rows, cols)
+        spectrum = Spectrum(values.unsqueeze(0), MatrixShape(1, rows, cols))
+        assert EVBMF().select(spectrum) == max(1, expected)
+        found.add(expected)
+    assert len(found) >= 3
 
 
 def test_evbmf_finds_nothing_in_noise() -> None:
