@@ -33,6 +33,7 @@ from cases import (
 from rankprune import (
     FileError,
     FixedRank,
+    LayerError,
     PlanError,
     RankPruneError,
     Ratio,
@@ -188,6 +189,16 @@ def test_metadata_that_json_cannot_hold_writes_nothing(tmp_path: Path) -> None:
         save(small_cnn(), tmp_path / "out", metadata={"x": object()})
     with pytest.raises(PlanError, match="metadata"):
         save(small_cnn(), tmp_path / "out", metadata={"x": float("nan")})
+    assert not (tmp_path / "out").exists()
+
+
+def test_state_that_is_no_tensor_is_named(tmp_path: Path) -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 1}
+
+    with pytest.raises(LayerError, match=r"'0\._extra_state': it is a dict"):
+        save(nn.Sequential(Extra(8, 8)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rankprune.errors import FileError, PlanError
+from rankprune.errors import FileError, LayerError, PlanError
 from rankprune.factorize import check_plan, factor_skeleton, plan_of
 from rankprune.plan import Plan
 
@@ -60,6 +60,8 @@ def save(
 
     Raises:
         FileError: the folder holds a model already, or cannot be written; what was there stays.
+        PlanError: the plan is another model's, or the metadata is not JSON.
+        LayerError: the model's state holds something that is no tensor.
     """
     folder = Path(folder)
     described = _described(model, plan).with_metadata(**(metadata or {}))
@@ -202,6 +204,11 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise LayerError(
+                f"cannot save the state {key!r}: it is a {type(tensor).__name__}, and such files "
+                "hold tensors only; keep it as a buffer, or outside of the model"
+            )
         if id(tensor) in first:
             aliases[key] = first[id(tensor)]
             continue
