@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import rankprune as rp
+from rankprune.recipes.config import make_config, to_yaml
 from rankprune.recipes.models import build_model
 
 RUN = [
@@ -231,6 +232,49 @@ def test_weights_of_another_architecture_are_refused(weights: Path, tmp_path: Pa
     args = ["compress", weights, "--model", "resnet20_cifar10", "--input-size", "3x32x32"]
     done = cli(*args, "--flops", 0.5, "--out", tmp_path / "out", code=3)
     assert "weights of another model" in done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--force", "--resume auto"])
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, flag: str) -> None:
+    """config.yaml is a common name: it does not make a folder ours."""
+    (tmp_path / "config.yaml").write_text("my: own")
+    (tmp_path / "thesis.txt").write_text("precious")
+    done = cli(*RUN, *flag.split(), "--out", tmp_path, code=3)
+    assert "something else than a run" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "thesis.txt"}
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        ("--model no_such_net", 2),
+        ("--flops 0.0001", 4),
+        ("--precision fp16", 2),
+        ("--batch-size 9999", 2),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--force", "--resume auto"])
+def test_options_that_cannot_work_cost_no_earlier_run(
+    tmp_path: Path, args: str, code: int, flag: str
+) -> None:
+    options = make_config({"data": "fake", "model": "digits_cnn", "flops": 0.4})
+    (tmp_path / "config.yaml").write_bytes(to_yaml(options))
+    for name in ("report.json", "notes.txt"):
+        (tmp_path / name).write_text("kept")
+    # resumed with other options is a usage error, whatever the options are
+    cli(*RUN, *args.split(), *flag.split(), "--out", tmp_path, code=code if flag[2] == "f" else 2)
+    assert len(list(tmp_path.iterdir())) == 3
+    assert (tmp_path / "report.json").read_text() == "kept"
+
+
+@pytest.mark.slow
+def test_force_replaces_a_run_and_nothing_else(tmp_path: Path) -> None:
+    cli(*RUN, "--epochs", 1, "--out", tmp_path)
+    (tmp_path / "notes.txt").write_text("kept")
+    before = (tmp_path / "compact" / "plan.json").read_bytes()
+    cli(*RUN, "--epochs", 1, "--seed", 1, "--out", tmp_path, "--force")
+    assert (tmp_path / "compact" / "plan.json").read_bytes() != before
+    assert (tmp_path / "notes.txt").read_text() == "kept"
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import rankprune as rp
@@ -263,6 +264,21 @@ def test_saving_never_loses_what_was_there(
     rp.save(changed, folder, overwrite=True)
     assert torch.equal(rp.load(make_model(), folder).eval()(images), changed(images))
     assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_weights_of_others_are_never_removed(
+    compact: nn.Module, tmp_path: Path, overwrite: bool
+) -> None:
+    """Other libraries call their weights model.safetensors too."""
+    path = tmp_path / "model.safetensors"
+    save_file({"x": torch.zeros(3)}, path, metadata={"format": "pt"})
+    before = path.read_bytes()
+    rp.save(compact, tmp_path, overwrite=overwrite)
+    rp.save(compact, tmp_path, overwrite=True)
+    assert path.read_bytes() == before
+    images = batch(0)[0]
+    assert torch.equal(rp.load(make_model(), tmp_path).eval()(images), compact(images))
 
 
 def test_damaged_weights_are_refused(compact: nn.Module, tmp_path: Path) -> None:

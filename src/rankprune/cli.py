@@ -182,17 +182,14 @@ def train(
         if resume not in ("auto", "never"):
             raise ConfigError(f"--resume {resume!r}: auto or never")
         if dry_run:
-            plan = _dry_run(options)
-            show({"config": options.model_dump(), "plan": plan}, plan["text"])
+            plan = runs.preview(options, runs.load(options))
+            document = None if plan is None else json.loads(plan.to_json())
+            show({"config": options.model_dump(), "plan": document}, plan or "a dense run")
             return
-        runs.prepare_folder(out, options, resume=resume == "auto", force=force)
-        if (out / runs.REPORT).exists():
-            _err.print(f"{out}: this run is complete")
-            document = runs.read_report(out)
-            show(document, _report_text(document))
-            return
-        report = runs.run(options, out, _progress() if runs.is_main_process() else None)
-        if runs.is_main_process():
+        main = runs.is_main_process()
+        progress = _progress() if main else None
+        report = runs.run(options, out, progress, resume=resume == "auto", force=force)
+        if main:
             show(report.to_dict(), report)
 
 
@@ -219,10 +216,11 @@ def compress(
     """Decompose trained weights to a budget or by a rank rule, without training."""
     with _output(as_json) as show:
         from rankprune.recipes import compress as recipe
+        from rankprune.serialize import save
 
         target = _target(flops, params, rank)
-        if out.exists() and not force and not dry_run and any(out.iterdir()):
-            raise FileError(f"{out}: exists already; choose another --out or add --force")
+        if not dry_run:
+            recipe.require_free(out, force=force)
         images = _images(data, data_root, download, image_size)
         source = recipe.open_source(
             weights, model=model, shape=_shape(input_size), classes=classes, data=images
@@ -231,7 +229,7 @@ def compress(
             source, target, scheme=scheme or "auto", multiple_of=multiple_of, data=images
         )
         if not dry_run:
-            recipe.save_compact(compact, plan, source, out, force=force)
+            save(compact, out, plan=plan, metadata=source.metadata, overwrite=force)
         show(report.to_dict(), f"{plan}\n\n" + "\n".join(report.totals()))
 
 
@@ -325,9 +323,10 @@ def report(
     """Show a finished run's report."""
     with _output(as_json) as show:
         from rankprune.recipes.run import read_report
+        from rankprune.report import Report
 
         document = read_report(run)
-        show(document, _report_text(document))
+        show(document, Report.from_dict(document))
 
 
 def main() -> None:
@@ -412,35 +411,6 @@ def _options(flags: dict[str, Any], config: Path | None, preset: str | None) -> 
     return make_config(merged)
 
 
-def _dry_run(options: Any) -> dict[str, Any]:
-    """What the run would aim at, from its initial weights."""
-    import torch
-
-    from rankprune.planner import make_plan
-    from rankprune.recipes.models import build_model
-    from rankprune.recipes.train import example_inputs
-
-    images = _images(options.data, options.data_root, options.download, options.image_size)
-    assert images is not None
-    torch.manual_seed(options.seed)
-    network = build_model(
-        options.model,
-        classes=len(images.classes),
-        channels=images.shape[0],
-        pretrained=options.pretrained,
-    )
-    if options.method == "dense":
-        return {"text": f"dense training of {options.model} for {options.epochs} epochs"}
-    plan = make_plan(
-        network,
-        options.target(),
-        scheme=options.scheme,
-        example_inputs=example_inputs(images),
-        multiple_of=options.multiple_of,
-    )
-    return {**json.loads(plan.to_json()), "text": str(plan)}
-
-
 def _target(flops: float | None, params: float | None, rank: str | None) -> RankRule | Budget:
     from rankprune.planner import Budget
     from rankprune.recipes.config import parse_rule
@@ -487,12 +457,6 @@ def _spectra_table(rows: list[dict[str, Any]]) -> str:
     }
     cells = [[str(row.get(key, "")) for key in columns.values()] for row in rows]
     return format_table([list(columns), *cells])
-
-
-def _report_text(document: dict[str, Any]) -> str:
-    from rankprune.report import Report
-
-    return str(Report.from_dict(document))
 
 
 def _progress() -> Progress:

@@ -53,7 +53,7 @@ def save(
         plan: the plan that it was factorised with, to keep the reasons of layers left dense;
             without it, the factorised layers' own.
         metadata: JSON values that are kept in the plan (the model's name, the data set).
-        overwrite: replace a model that is there already.
+        overwrite: replace a model that `save` has put there; files of others are left alone.
 
     Returns:
         The folder.
@@ -85,7 +85,7 @@ def save(
         document["weights"] = {"file": name, "sha256": digest}
         write_atomically(folder / PLAN, json.dumps(document, indent=1, allow_nan=False).encode())
         for other in folder.iterdir():
-            if _WEIGHTS_NAME.fullmatch(other.name) and other.name != name:
+            if _WEIGHTS_NAME.fullmatch(other.name) and other.name != name and _is_own(other):
                 other.unlink(missing_ok=True)
     return folder
 
@@ -261,6 +261,15 @@ def _open(folder: Path) -> tuple[Plan, dict[str, Tensor], dict[str, str]]:
             f"{entry['sha256'][:12]}…; get a fresh copy"
         )
     return plan, read_tensors(path), _read_aliases(path)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether `save` wrote a weights file; others keep theirs under the same name."""
+    try:
+        with safe_open(path, framework="pt") as archive:
+            return _ALIASES in (archive.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def _read_aliases(path: Path) -> dict[str, str]:

@@ -68,6 +68,22 @@ def steps_per_epoch(images: Images, batch: int) -> int:
     return len(images) // batch
 
 
+def check_batch(data: ImageData, batch: int, world: int) -> int:
+    """Steps of an epoch.
+
+    Raises:
+        ConfigError: the batch cannot be shared by the processes, or exceeds the training images.
+    """
+    if batch % world:
+        raise ConfigError(f"batch_size={batch} cannot be shared by {world} processes")
+    count = steps_per_epoch(data.train, batch)
+    if not count:
+        raise ConfigError(
+            f"batch_size={batch} exceeds the {len(data.train)} training images; lower it"
+        )
+    return count
+
+
 def train_batches(
     data: ImageData,
     *,
@@ -85,13 +101,7 @@ def train_batches(
     Raises:
         ConfigError: the batch cannot be shared by the processes, or exceeds the training images.
     """
-    if batch % world:
-        raise ConfigError(f"batch_size={batch} cannot be shared by {world} processes")
-    count = steps_per_epoch(data.train, batch)
-    if not count:
-        raise ConfigError(
-            f"batch_size={batch} exceeds the {len(data.train)} training images; lower it"
-        )
+    count = check_batch(data, batch, world)
     dataset = _TrainBatches(data, batch, seed, epoch, slice(rank, None, world), augment)
     loader = DataLoader(dataset, batch_size=None, sampler=range(first, count), num_workers=workers)
     yield from loader

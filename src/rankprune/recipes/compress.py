@@ -22,7 +22,7 @@ from rankprune.recipes.models import build_model, is_trusted_name
 from rankprune.recipes.weights import load_weights, read_state_dict
 from rankprune.report import Report, report
 from rankprune.schemes import Scheme, applicable
-from rankprune.serialize import read_plan, save
+from rankprune.serialize import read_plan
 from rankprune.survey import survey
 from rankprune.tables import format_matrix
 
@@ -140,17 +140,16 @@ def compress(
     return compact, plan, summary
 
 
-def save_compact(
-    compact: nn.Module, plan: Plan, source: Source, folder: Path, *, force: bool
-) -> None:
-    """Save a compact model with what is needed to build it again.
+def require_free(folder: Path, *, force: bool) -> None:
+    """Refuse a folder that is in use.
 
     Raises:
-        FileError: the folder is not empty, and not forced.
+        FileError: it is no folder, or not empty and not forced.
     """
-    if folder.exists() and not force and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise FileError(f"{folder}: exists and is not a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
         raise FileError(f"{folder}: exists already; choose another --out or add --force")
-    save(compact, folder, plan=plan, metadata=source.metadata, overwrite=force)
 
 
 def inspect_layers(source: Source, scheme: str = "auto") -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from rankprune.recipes.config import TrainConfig, make_config
-from rankprune.recipes.run import prepare_folder, run
+from rankprune.recipes.run import run
 from rankprune.recipes.train import Progress
 from rankprune.report import Report
 
@@ -31,6 +31,4 @@ def demo(seed: int = 0, progress: Progress | None = None) -> Report:
     """Train, project, factorise and compare, in a folder that is removed afterwards."""
     config = demo_config(seed)
     with tempfile.TemporaryDirectory(prefix="rankprune-demo-") as name:
-        folder = Path(name) / "run"
-        prepare_folder(folder, config, resume=False, force=False)
-        return run(config, folder, progress)
+        return run(config, Path(name), progress)

@@ -3,109 +3,181 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
-from rankprune.errors import ConfigError, FileError, RankPruneError
+from rankprune.errors import ConfigError, FileError
 from rankprune.factorize import factorize
 from rankprune.plan import Plan
+from rankprune.planner import make_plan
+from rankprune.recipes.batches import Normalise, check_batch
 from rankprune.recipes.config import TrainConfig, make_config, read_yaml, to_yaml
 from rankprune.recipes.data import ImageData, load_data
 from rankprune.recipes.evaluate import evaluate
 from rankprune.recipes.models import build_model
-from rankprune.recipes.train import CHECKPOINT, Progress, Trained, fit
+from rankprune.recipes.train import (
+    CHECKPOINT,
+    METRICS,
+    Progress,
+    Trained,
+    effective_precision,
+    example_inputs,
+    fit,
+)
 from rankprune.recipes.weights import load_weights
 from rankprune.report import Report, report
 from rankprune.serialize import save, write_atomically
 
 CONFIG = "config.yaml"
 REPORT = "report.json"
+BASELINE = "baseline"
+# All that a run writes, and so all that replacing one removes.
+_FILES = (REPORT, CHECKPOINT, METRICS, CONFIG)
+_FOLDERS = ("compact", "projected", "dense", BASELINE)
 # Options that change how a run proceeds, and not what comes out.
 _FREE = {"workers", "checkpoint_every", "data_root", "download"}
 
 
-def prepare_folder(folder: Path, config: TrainConfig, *, resume: bool, force: bool) -> None:
-    """Make the run's folder, with the resolved options in it.
+def run(
+    config: TrainConfig,
+    folder: Path,
+    progress: Progress | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+) -> Report:
+    """Train as configured, and leave the result in a folder.
+
+    It holds then `compact/` and `projected/` (or `dense/`), `report.json`, `config.yaml`,
+    `metrics.jsonl` and `checkpoint.pt`. Options, data, model and target are checked before the
+    folder is touched.
 
     Args:
+        config: the options.
         folder: where the run goes.
-        config: its options.
-        resume: continue what lies there, if it is this run.
-        force: remove what lies there.
+        progress: told about every step and epoch.
+        resume: go on with this run, if it lies there; a finished one is only reported.
+        force: replace a run that lies there. Only a run's own files are removed.
+
+    Returns:
+        The report, in every process of a distributed run.
 
     Raises:
-        FileError: the folder is not empty, and neither resumed nor forced.
-        ConfigError: resumed with other options.
-    """
-    if not is_main_process():
-        return  # the others join once the training starts
-    if folder.exists() and not folder.is_dir():
-        raise FileError(f"{folder}: exists and is not a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        if (folder / CONFIG).exists() and resume:
-            _check_same(folder, config)
-            return
-        if not force:
-            advice = "continue it with --resume auto, or " if (folder / CONFIG).exists() else ""
-            raise FileError(f"{folder}: exists and is not empty; {advice}start anew with --force")
-        if not (folder / CONFIG).exists():
-            raise FileError(
-                f"{folder}: holds no run, so --force does not remove it; choose another"
-            )
-        shutil.rmtree(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"{folder}: cannot create it: {error.strerror}") from None
-    write_atomically(folder / CONFIG, to_yaml(config))
-
-
-def is_main_process() -> bool:
-    """Whether this is the process of a torchrun job that writes and prints; alone, it is."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def run(config: TrainConfig, folder: Path, progress: Progress | None = None) -> Report:
-    """Train as configured, in a folder that `prepare_folder` has made.
-
-    It leaves there
-
-    `compact/` and `projected/` (or `dense/`), `report.json`, `config.yaml`, `metrics.jsonl` and
-    `checkpoint.pt`. A run that lies there unfinished goes on from its checkpoint.
-
-    Raises:
+        FileError: the folder is in use, and neither resumed nor forced.
+        ConfigError: resumed with other options, or options that cannot work.
+        BudgetError: the budget cannot be met.
         Interrupted: by a signal, after a checkpoint.
     """
-    progress = progress or Progress()
-    try:
-        return _run(config, folder, progress)
-    except RankPruneError:
-        # a run that could not begin leaves nothing that would stop the next one
-        if is_main_process() and not any(folder.rglob(CHECKPOINT)):
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _run(config: TrainConfig, folder: Path, progress: Progress) -> Report:
-    data = _data(config)
+    _check_folder(folder, config, resume=resume, force=force)
+    if resume and (folder / REPORT).exists():
+        return Report.from_dict(read_report(folder))
+    data = load(config)
+    preview(config, data)
+    # every process checks the folder before the first one changes it, and trains after that
+    state = PartialState()
+    state.wait_for_everyone()
+    if is_main_process() and not (resume and (folder / CONFIG).exists()):
+        _prepare_folder(folder, config)
+    state.wait_for_everyone()
     baseline = None
     if config.baseline and config.method == "trp":
         dense = config.model_copy(update={"method": "dense", "baseline": False})
-        if is_main_process():
-            (folder / "baseline").mkdir(exist_ok=True)
-            write_atomically(folder / "baseline" / CONFIG, to_yaml(dense))
-        _, accuracies = _train(dense, folder / "baseline", data, progress)
+        _, accuracies = _train(dense, folder / BASELINE, data, progress)
         baseline = accuracies["dense"]
     result, accuracies = _train(config, folder, data, progress)
     if baseline is not None:
         accuracies["dense"] = baseline
     return _finish(config, folder, data, result, accuracies)
+
+
+def preview(config: TrainConfig, data: ImageData) -> Plan | None:
+    """What the run would aim at, from its initial weights; None for a dense run.
+
+    Raises:
+        ConfigError: options that cannot work with this data, model or device.
+        BudgetError: the budget cannot be met.
+    """
+    effective_precision(config.precision, PartialState().device)
+    check_batch(data, config.batch_size, PartialState().num_processes)
+    model = _model(config, data)
+    if config.method == "dense":
+        return None
+    return make_plan(
+        model,
+        config.target(),
+        scheme=config.scheme,
+        example_inputs=example_inputs(data),
+        multiple_of=config.multiple_of,
+    )
+
+
+def load(config: TrainConfig) -> ImageData:
+    """The data set of a run."""
+    return load_data(
+        config.data,
+        root=config.data_root,
+        download=config.download,
+        image_size=config.image_size,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+    )
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and prints; without torchrun it is the only one."""
+    return PartialState().is_main_process
+
+
+def _check_folder(folder: Path, config: TrainConfig, *, resume: bool, force: bool) -> None:
+    """Refuse a folder that holds anything but this run, or another one that may be replaced."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileError(f"{folder}: exists and is not a folder")
+    if not any(folder.iterdir()):
+        return
+    before = _config_of(folder)
+    if before is None:
+        raise FileError(f"{folder}: holds something else than a run; choose another folder")
+    if resume:
+        _check_same(folder, before, config)
+    elif not force:
+        raise FileError(
+            f"{folder}: holds a run already; go on with it by --resume auto, or replace it by "
+            "--force"
+        )
+
+
+def _config_of(folder: Path) -> TrainConfig | None:
+    """The options of the run in a folder, or None where there is none."""
+    if not (folder / CONFIG).exists():
+        return None
+    try:
+        return make_config(read_yaml(folder / CONFIG))
+    except (ConfigError, FileError):
+        return None  # config.yaml is a common name; this one is another program's
+
+
+def _prepare_folder(folder: Path, config: TrainConfig) -> None:
+    """Remove an earlier run's files and no others, and write the options."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _FILES:
+            (folder / name).unlink(missing_ok=True)
+        for name in _FOLDERS:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
+        if config.baseline:
+            (folder / BASELINE).mkdir()
+    except OSError as error:
+        raise FileError(f"{folder}: cannot prepare it: {error.strerror}") from None
+    write_atomically(folder / CONFIG, to_yaml(config))
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -137,20 +209,8 @@ def saved_metadata(config: TrainConfig, data: ImageData) -> dict[str, Any]:
     }
 
 
-def _data(config: TrainConfig) -> ImageData:
-    return load_data(
-        config.data,
-        root=config.data_root,
-        download=config.download,
-        image_size=config.image_size,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-    )
-
-
-def _train(
-    config: TrainConfig, folder: Path, data: ImageData, progress: Progress
-) -> tuple[Trained, dict[str, float | None]]:
+def _model(config: TrainConfig, data: ImageData) -> nn.Module:
+    """The network with the weights that the run starts from."""
     torch.manual_seed(config.seed)
     random.seed(config.seed)
     model = build_model(
@@ -159,8 +219,13 @@ def _train(
         channels=data.shape[0],
         pretrained=config.pretrained,
     )
-    if config.weights is not None:
-        model = load_weights(model, Path(config.weights))
+    return model if config.weights is None else load_weights(model, Path(config.weights))
+
+
+def _train(
+    config: TrainConfig, folder: Path, data: ImageData, progress: Progress | None
+) -> tuple[Trained, dict[str, float | None]]:
+    model = _model(config, data)
     accuracies: dict[str, float | None] = {"dense": None, "projected": None, "compact": None}
     if config.method == "trp" and not config.baseline and (config.pretrained or config.weights):
         # what there was to lose: the starting point's accuracy
@@ -196,20 +261,16 @@ def _finish(
     summary = report(
         dense,
         compact,
-        example_inputs=_probe(data).to(result.device),
+        # a real image: the outputs are compared on it
+        example_inputs=Normalise(data, result.device)(
+            torch.stack(data.test.fetch([0], train=False))
+        ),
         plan=plan,
         accuracies=accuracies,
     )
     if result.is_main:
         _write(config, folder, data, dense, compact, plan, summary)
     return summary
-
-
-def _probe(data: ImageData) -> torch.Tensor:
-    """One real test image: FLOPs are those of any, the outputs are compared on it."""
-    image = torch.stack(data.test.fetch([0], train=False)).float() / 255
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (data.mean, data.std))
-    return (image - mean) / std
 
 
 def _write(
@@ -230,13 +291,12 @@ def _write(
     write_atomically(folder / REPORT, json.dumps(summary.to_dict(), indent=1).encode())
 
 
-def _check_same(folder: Path, config: TrainConfig) -> None:
-    before = make_config(read_yaml(folder / CONFIG)).model_dump()
-    now = config.model_dump()
+def _check_same(folder: Path, before: TrainConfig, config: TrainConfig) -> None:
+    old, new = before.model_dump(), config.model_dump()
     changed = [
-        f"{key}: {before[key]!r} → {now[key]!r}"
-        for key in now
-        if key not in _FREE and before[key] != now[key]
+        f"{key}: {old[key]!r} → {new[key]!r}"
+        for key in new
+        if key not in _FREE and old[key] != new[key]
     ]
     if changed:
         raise ConfigError(

@@ -20,7 +20,7 @@ from torch import nn
 from rankprune.errors import ConfigError, FileError, RankPruneError
 from rankprune.plan import Plan
 from rankprune.planner import Budget
-from rankprune.recipes.batches import Normalise, steps_per_epoch, train_batches
+from rankprune.recipes.batches import Normalise, check_batch, train_batches
 from rankprune.recipes.checkpoint import read_checkpoint, write_checkpoint
 from rankprune.recipes.config import TrainConfig
 from rankprune.recipes.data import ImageData
@@ -137,11 +137,7 @@ class _Run:
             progress.note(f"precision={config.precision}: {note}")
         AcceleratorState._reset_state(reset_partial_state=False)
         self.accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
-        self.steps = steps_per_epoch(data.train, config.batch_size)
-        if not self.steps:
-            raise ConfigError(
-                f"batch_size={config.batch_size} exceeds the {len(data.train)} training images"
-            )
+        self.steps = check_batch(data, config.batch_size, self.accelerator.num_processes)
         self.total = self.steps * config.epochs
         checkpoint = self._checkpoint()
         if checkpoint is not None:
