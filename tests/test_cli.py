@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -277,15 +279,42 @@ def test_force_replaces_a_run_and_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "kept"
 
 
-@pytest.mark.slow
-def test_two_processes_train_one_network(tmp_path: Path) -> None:
-    out = tmp_path / "run"
+def _torchrun(out: Path) -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "rankprune.cli", *RUN, "--epochs", "2", "--out", str(out), "--json"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    command += ["-m", "rankprune.cli", *RUN, "--epochs", "2", "--checkpoint-every", "3"]
+    return [*command, "--out", str(out), "--json"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network_and_resume(tmp_path: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    done = subprocess.run(_torchrun(straight), capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads((out / "report.json").read_text())
-    measured = json.loads(cli("eval", out / "compact", "--data", "fake", "--json").stdout)
-    assert measured["accuracy"] == json.loads(done.stdout)["compact"]["accuracy"]
+    document = json.loads(done.stdout)
+    assert document == json.loads((straight / "report.json").read_text())
+    # two processes in one job, which share every batch: 7 batches of 64 are seen once, not twice
+    assert document["environment"]["processes"] == 2
+    for line in (straight / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["images"] == 7 * 64
+    # the saved statistics are those that were evaluated
+    measured = json.loads(cli("eval", straight / "compact", "--data", "fake", "--json").stdout)
+    assert measured["accuracy"] == document["compact"]["accuracy"]
+
+    process = subprocess.Popen(
+        _torchrun(resumed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env
+    )
+    _wait_for(resumed / "checkpoint.pt", process)
+    # torchrun's workers are in sessions of their own: they have to be killed one by one
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(family) >= 3
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait(60)
+    psutil.wait_procs(family, timeout=60)
+    assert not (resumed / "report.json").exists()
+    again = [*_torchrun(resumed), "--resume", "auto"]
+    subprocess.run(again, check=True, capture_output=True, env=env)
+    before, after = _weights(straight), _weights(resumed)
+    assert all(torch.equal(before[key], after[key]) for key in before)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from rankprune.errors import ConfigError, FileError
@@ -29,6 +28,7 @@ from rankprune.recipes.train import (
     effective_precision,
     example_inputs,
     fit,
+    process_state,
 )
 from rankprune.recipes.weights import load_weights
 from rankprune.report import Report, report
@@ -80,7 +80,7 @@ def run(
     data = load(config)
     preview(config, data)
     # every process checks the folder before the first one changes it, and trains after that
-    state = PartialState()
+    state = process_state()
     state.wait_for_everyone()
     if is_main_process() and not (resume and (folder / CONFIG).exists()):
         _prepare_folder(folder, config)
@@ -103,8 +103,8 @@ def preview(config: TrainConfig, data: ImageData) -> Plan | None:
         ConfigError: options that cannot work with this data, model or device.
         BudgetError: the budget cannot be met.
     """
-    effective_precision(config.precision, PartialState().device)
-    check_batch(data, config.batch_size, PartialState().num_processes)
+    effective_precision(config.precision, process_state().device)
+    check_batch(data, config.batch_size, process_state().num_processes)
     model = _model(config, data)
     if config.method == "dense":
         return None
@@ -131,7 +131,7 @@ def load(config: TrainConfig) -> ImageData:
 
 def is_main_process() -> bool:
     """Whether this process writes and prints; without torchrun it is the only one."""
-    return PartialState().is_main_process
+    return process_state().is_main_process
 
 
 def _check_folder(folder: Path, config: TrainConfig, *, resume: bool, force: bool) -> None:
@@ -268,6 +268,7 @@ def _finish(
         plan=plan,
         accuracies=accuracies,
     )
+    summary.environment["processes"] = result.world
     if result.is_main:
         _write(config, folder, data, dense, compact, plan, summary)
     return summary

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch import nn
 
@@ -75,6 +75,16 @@ class Trained:
     world: int
 
 
+def process_state() -> PartialState:
+    """This process among those of a torchrun job; the only one without it."""
+    return PartialState(cpu=_on_cpu())
+
+
+def _on_cpu() -> bool:
+    # Accelerate joins a job on CPUs only where it is told that they are CPUs
+    return not torch.accelerator.is_available()
+
+
 def effective_precision(asked: str, device: torch.device) -> tuple[str, str]:
     """The precision to compute in, and a note where it is not the one that was asked for.
 
@@ -131,12 +141,13 @@ class _Run:
         self.config, self.data, self.folder, self.progress = config, data, folder, progress
         # a process may train more than once, each time with its own precision
         AcceleratorState._reset_state(reset_partial_state=False)
-        device = Accelerator().device
+        device = process_state().device
         precision, note = effective_precision(config.precision, device)
         if note:
             progress.note(f"precision={config.precision}: {note}")
-        AcceleratorState._reset_state(reset_partial_state=False)
-        self.accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+        self.accelerator = Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision, cpu=_on_cpu()
+        )
         self.steps = check_batch(data, config.batch_size, self.accelerator.num_processes)
         self.total = self.steps * config.epochs
         checkpoint = self._checkpoint()
@@ -196,12 +207,13 @@ class _Run:
         for pixels, labels in batches:
             self._one_step(normalise(pixels), labels.to(self.accelerator.device))
             ended = self.step % self.steps == 0
-            if not ended and (caught or self.step % self.config.checkpoint_every == 0):
+            stop = self._agreed(caught)
+            if not ended and (stop or self.step % self.config.checkpoint_every == 0):
                 self._save()
-            if caught:
+            if stop:
                 if ended:
                     self._validate(epoch, started, before)
-                raise Interrupted(caught[0])
+                raise Interrupted(stop)
         self._validate(epoch, started, before)
 
     def _one_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
@@ -227,7 +239,21 @@ class _Run:
             )
         self.progress.step(loss.item(), self.raw.param_groups[0]["lr"])
 
+    def _agreed(self, caught: list[int]) -> int:
+        """The signal that any process has caught, so that all stop after the same step; or 0."""
+        number = torch.tensor(caught[0] if caught else 0, device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        return int(number)
+
+    def _share_buffers(self) -> None:
+        """Give every process the first one's running statistics, which are the ones saved."""
+        if self.accelerator.num_processes > 1:
+            for buffer in self.bare.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
     def _validate(self, epoch: int, started: float, before: int) -> None:
+        self._share_buffers()
         sums = self.accelerator.reduce(self.sums, reduction="sum")
         loss, hits, count = sums.tolist()
         result = evaluate(
@@ -243,6 +269,7 @@ class _Run:
             "epoch": epoch + 1,
             "step": self.step,
             "lr": self.raw.param_groups[0]["lr"],
+            "images": int(count),
             "train_loss": loss / count,
             "train_accuracy": hits / count,
             "val_loss": result["loss"],
