@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rankprune._version import __version__
 
 if TYPE_CHECKING:
+    from rankprune.attach import attach
     from rankprune.errors import (
         BudgetError,
         ConfigError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     )
     from rankprune.factorize import LowRank, defactorize, factorize, plan_of
     from rankprune.layers import LayerSpec
+    from rankprune.options import TRP
     from rankprune.plan import LayerPlan, Plan
     from rankprune.planner import Budget, LayerConfig, make_plan
     from rankprune.profile import Profile, count_bytes, count_params, profile
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from rankprune.report import Report, report
     from rankprune.schemes import SCHEMES, MatrixShape, Scheme
     from rankprune.serialize import load, read_plan, save
-    from rankprune.training import TRP, Controller, attach
+    from rankprune.training import Controller, project
 
 __all__ = [
     "EVBMF",
@@ -89,16 +91,19 @@ __all__ = [
     "make_plan",
     "plan_of",
     "profile",
+    "project",
     "read_plan",
     "report",
     "save",
 ]
 
 _MODULES = {
+    "attach": "attach",
     "errors": "BudgetError ConfigError FileError LayerError MissingExtraError NumericsError "
     "PlanError RankPruneError",
     "factorize": "LowRank defactorize factorize plan_of",
     "layers": "LayerSpec",
+    "options": "TRP",
     "plan": "LayerPlan Plan",
     "planner": "Budget LayerConfig make_plan",
     "profile": "Profile count_bytes count_params profile",
@@ -106,7 +111,7 @@ _MODULES = {
     "report": "Report report",
     "schemes": "SCHEMES MatrixShape Scheme",
     "serialize": "load read_plan save",
-    "training": "TRP Controller attach",
+    "training": "Controller project",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 

@@ -28,6 +28,14 @@ def is_hf_conv1d(module: nn.Module) -> bool:
     return cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
 
 
+def _base_class(module: nn.Module) -> type:
+    """A module's class; without the mixin that `fully_shard` puts in front of it."""
+    kind = type(module)
+    if any(base.__name__ == "FSDPModule" for base in kind.__bases__):
+        return kind.__bases__[-1]
+    return kind
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """Hyper-parameters of a linear or convolution layer.
@@ -93,7 +101,7 @@ class LayerSpec:
         >>> spec.kernel_size, spec.weight_shape
         ((3, 1), (8, 3, 3, 1))
         """
-        kind = type(module)
+        kind = _base_class(module)
         if kind is nn.Linear:
             out_features, in_features = cast(Tensor, module.weight).shape
             return cls(

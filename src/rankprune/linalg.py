@@ -1,9 +1,10 @@
 """Decompositions of batches of matrices: spectra, truncated SVD, projection, polar factor.
 
 All take matrices [..., rows, cols] and work on the last two dimensions. fp64 input takes the exact
-SVD. Everything else goes through the eigenvectors of the smaller side's Gram matrix, in fp64:
-squaring a matrix costs half of the digits, and fp64 has twice as many as fp32 needs. Half
-precision is therefore never computed in half precision.
+SVD. Everything else goes through the eigenvectors of the smaller side's Gram matrix. Squaring a
+matrix costs half of the digits, and fp64 has twice as many as fp32 needs: it is the default. fp32
+takes half of the time and suffices where the discarded part is not small; where it does not, fp64
+takes over. Half precision is never computed in half precision.
 
 The contract, for finite input: the residual ‖M − P(M)‖_F of a truncation is at most 1.0001 × the
 optimum for that rank (Eckart–Young), beyond rounding of the result (eps · ‖M‖_F). The Gram engine
@@ -12,6 +13,7 @@ measures its residual, and the exact SVD takes over where it does not keep that.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple, TypeVar
@@ -56,6 +58,7 @@ class Decomposition:
 
     Args:
         matrix: [..., rows, cols], finite, any floating dtype.
+        working: precision of the Gram engine, fp64 or fp32.
 
     Raises:
         NumericsError: the decomposition did not converge.
@@ -66,20 +69,41 @@ class Decomposition:
     ([2.0, 1.0], [[2.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 0.0]])
     """
 
-    def __init__(self, matrix: Tensor) -> None:
+    def __init__(self, matrix: Tensor, *, working: torch.dtype = torch.float64) -> None:
         self.matrix = matrix
         self.max_rank = min(matrix.shape[-2:])
         self._exact_input = matrix.dtype == torch.float64
         self._wide = matrix.shape[-2] <= matrix.shape[-1]
-        # fp64, with the smaller side first
-        self._oriented = matrix.double() if self._wide else matrix.double().mT
+        self._working = torch.float64 if self._exact_input else working
+        if self._working == torch.float32 and not in_safe_range(self._energy).all():
+            self._working = torch.float64
+
+    def part(self, matrices: slice) -> Decomposition:
+        """The same for some matrices of a batch [batch, rows, cols], on one decomposition of all.
+
+        The parts keep their promise, or fall back, each for itself.
+        """
+        part = Decomposition.__new__(Decomposition)
+        part.__dict__.update(
+            {key: value for key, value in self.__dict__.items() if not isinstance(value, Tensor)}
+        )
+        part.matrix = self.matrix[matrices]
+        part.__dict__.pop("_svd", None)
+        part.__dict__.pop("_cached", None)
+        part._oriented = self._oriented[matrices]
+        if self._exact_input:
+            part._svd = Truncated(*(factor[matrices] for factor in self._svd))
+        else:
+            values, vectors = self._eigen
+            part._eigen = values[matrices], vectors[matrices]
+        return part
 
     @cached_property
     def values(self) -> Tensor:
         """All singular values, descending: [..., max_rank], fp64."""
         if self._exact_input:
             return self._svd.s
-        return self._eigen[0].flip(-1).clamp_min(0).sqrt()
+        return self._eigen[0].flip(-1).clamp_min(0).double().sqrt()
 
     def truncate(self, rank: int) -> Truncated:
         """Leading singular triplets, in fp32, or in fp64 where the input is.
@@ -87,13 +111,12 @@ class Decomposition:
         Raises:
             LayerError: the rank is not between 1 and `max_rank`.
         """
-        self._check_rank(rank)
         basis, rows = self._leading(rank)
         if self._exact_input:
             return self._orient(basis, self._svd.s[..., :rank], rows)
         # σ of the projected rows themselves: a zero row stays zero, whatever it is divided by
         sigma = torch.linalg.vector_norm(rows, dim=-1)
-        divisor = sigma.clamp_min(torch.finfo(torch.float64).tiny).unsqueeze(-1)
+        divisor = sigma.clamp_min(torch.finfo(rows.dtype).tiny).unsqueeze(-1)
         factors = self._orient(basis, sigma, rows / divisor)
         return Truncated(*(factor.float() for factor in factors))
 
@@ -103,10 +126,9 @@ class Decomposition:
         Raises:
             LayerError: the rank is not between 1 and `max_rank`.
         """
-        self._check_rank(rank)
+        basis, rows = self._leading(rank)
         if rank == self.max_rank:
             return self.matrix
-        basis, rows = self._leading(rank)
         if self._exact_input:
             rows = self._svd.s[..., :rank].unsqueeze(-1) * rows
         nearest = basis @ rows
@@ -120,46 +142,92 @@ class Decomposition:
         max(rows, cols) · eps · σ₁ count as zero, with the input's eps (fp32's for half precision).
         """
         rank = self.max_rank if rank is None else rank
-        self._check_rank(rank)
+        basis, rows = self._leading(rank)
         eps = torch.finfo(torch.float64 if self._exact_input else torch.float32).eps
         sigma = self.values[..., :rank]
         nonzero = sigma > max(self.matrix.shape[-2:]) * eps * self.values[..., :1]
-        basis, rows = self._leading(rank)
         scale = nonzero.double() if self._exact_input else torch.where(nonzero, 1 / sigma, 0)
-        polar = (basis * scale.unsqueeze(-2)) @ rows
+        polar = (basis * scale.to(basis.dtype).unsqueeze(-2)) @ rows
         return (polar if self._wide else polar.mT).to(self.matrix.dtype)
+
+    def start(self, rank: int) -> Tensor:
+        """What `Subspace` starts from next time: [..., max_rank, rank], fp32.
+
+        The leading singular vectors of the smaller side, each divided by its singular value.
+        """
+        basis, _ = self._leading(rank)
+        sigma = self.values[..., :rank]
+        floor = torch.finfo(torch.float32).eps * self.values[..., :1]
+        scale = 1 / torch.maximum(sigma, floor).clamp_min(torch.finfo(torch.float32).tiny)
+        return (basis * scale.unsqueeze(-2)).float()
+
+    @cached_property
+    def _energy(self) -> Tensor:
+        """‖M‖_F²: [...], fp64."""
+        return square_sum(self.matrix)
+
+    @cached_property
+    def _oriented(self) -> Tensor:
+        """The matrices in the working precision, smaller side first."""
+        return (self.matrix if self._wide else self.matrix.mT).to(self._working)
 
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (ascending) and eigenvectors of the smaller side's Gram matrix."""
-        gram = self._oriented @ self._oriented.mT
-        return _converged(lambda: torch.linalg.eigh(gram), self.matrix)
+        lower = gram_lower(self._oriented)
+        return _converged(lambda: torch.linalg.eigh(lower), self.matrix)
 
     @cached_property
     def _svd(self) -> Truncated:
         """Exact thin SVD of the oriented matrices, fp64."""
+        oriented = self._oriented.double()
         return Truncated(
-            *_converged(lambda: torch.linalg.svd(self._oriented, full_matrices=False), self.matrix)
+            *_converged(lambda: torch.linalg.svd(oriented, full_matrices=False), self.matrix)
         )
 
     def _leading(self, rank: int) -> tuple[Tensor, Tensor]:
         """Oriented basis [..., small, r]; with it basisᵀ·M for the Gram engine, Vᵀ for the SVD."""
+        self._check_rank(rank)
         if self._exact_input:
             return self._svd.u[..., :rank], self._svd.vh[..., :rank, :]
+        if self._cached is None or self._cached[0] != rank:
+            self._cached = (rank, *self._leading_by_gram(rank))
+        return self._cached[1:]
+
+    # the basis of the rank last asked for: projection, polar factor and start share one
+    _cached: tuple[int, Tensor, Tensor] | None = None
+
+    def _leading_by_gram(self, rank: int) -> tuple[Tensor, Tensor]:
         eigenvalues, vectors = self._eigen
         basis = vectors[..., self.max_rank - rank :].flip(-1)
         rows = basis.mT @ self._oriented
-        if not self._kept_promise(rows, eigenvalues[..., : self.max_rank - rank]):
-            exact = self._svd
-            return exact.u[..., :rank], exact.s[..., :rank].unsqueeze(-1) * exact.vh[..., :rank, :]
-        return basis, rows
+        if self._kept_promise(basis, rows, eigenvalues):
+            return basis, rows
+        if self._working == torch.float32:
+            # squaring has cost digits that this spectrum needs
+            self._working = torch.float64
+            for cached in ("_oriented", "_eigen", "values"):
+                self.__dict__.pop(cached, None)
+            return self._leading_by_gram(rank)
+        exact = self._svd
+        return exact.u[..., :rank], exact.s[..., :rank].unsqueeze(-1) * exact.vh[..., :rank, :]
 
-    def _kept_promise(self, rows: Tensor, discarded: Tensor) -> bool:
-        """Squared residual ‖M‖² − ‖basisᵀ·M‖² against the sum of the discarded eigenvalues."""
-        energy = self._oriented.square().sum((-2, -1))
-        residual = (energy - rows.square().sum((-2, -1))).clamp_min(0).sqrt()
-        optimum = discarded.clamp_min(0).sum(-1).sqrt()
-        rounding = torch.finfo(torch.float32).eps * energy.sqrt()
+    def _kept_promise(self, basis: Tensor, rows: Tensor, eigenvalues: Tensor) -> bool:
+        """The residual against the optimum, the root of the sum of the discarded eigenvalues."""
+        rank = basis.shape[-1]
+        if rank == self.max_rank and self._working == torch.float32:
+            return False  # nothing is discarded, so every digit counts
+        discarded = eigenvalues[..., : self.max_rank - rank].double().clamp_min(0).sum(-1)
+        if self._working == torch.float32:
+            # measured directly, for a difference of squares has no digits to spare; eigh is
+            # backward stable, so an eigenvalue is wrong by a few eps of the largest
+            residual = square_sum(self._oriented - basis @ rows).sqrt()
+            noise = self.max_rank * torch.finfo(torch.float32).eps * eigenvalues[..., -1].double()
+            optimum = (discarded - noise).clamp_min(0).sqrt()
+        else:
+            residual = (square_sum(self._oriented) - square_sum(rows)).clamp_min(0).sqrt()
+            optimum = discarded.sqrt()
+        rounding = torch.finfo(torch.float32).eps * self._energy.sqrt()
         return bool((residual <= RESIDUAL_PROMISE * optimum + rounding).all())
 
     def _orient(self, basis: Tensor, sigma: Tensor, rows: Tensor) -> Truncated:
@@ -181,8 +249,39 @@ def singular_values(matrix: Tensor) -> Tensor:
     if matrix.dtype == torch.float64:
         return _converged(lambda: torch.linalg.svdvals(matrix), matrix)
     double = matrix.double()
-    gram = double @ double.mT if matrix.shape[-2] <= matrix.shape[-1] else double.mT @ double
-    return _converged(lambda: torch.linalg.eigvalsh(gram), matrix).flip(-1).clamp_min(0).sqrt()
+    lower = gram_lower(double if matrix.shape[-2] <= matrix.shape[-1] else double.mT)
+    return _converged(lambda: torch.linalg.eigvalsh(lower), matrix).flip(-1).clamp_min(0).sqrt()
+
+
+def square_sum(matrix: Tensor) -> Tensor:
+    """‖M‖_F² of every matrix of a batch, to the digits of its precision: [...], fp64."""
+    working = matrix if matrix.dtype == torch.float64 else matrix.float()
+    return torch.linalg.vector_norm(working, dim=(-2, -1)).double().square()
+
+
+def in_safe_range(energy: Tensor) -> Tensor:
+    """Whether fp32 holds the squares and their products, for ‖M‖_F² of a batch. Not for zero."""
+    return (energy > 1e-24) & (energy < 1e30)
+
+
+def gram_lower(matrix: Tensor) -> Tensor:
+    """M Mᵀ of [..., n, m]: the lower triangle, which is all that `eigh` reads, and some more.
+
+    A symmetric product needs half of the operations; in blocks of rows it takes little more.
+    """
+    n = matrix.shape[-2]
+    if n < _BLOCK_ROWS:
+        return matrix @ matrix.mT
+    gram = matrix.new_zeros(*matrix.shape[:-1], n)
+    edges = [round(n * i / _BLOCKS) for i in range(_BLOCKS + 1)]
+    for top, bottom in itertools.pairwise(edges):
+        gram[..., top:bottom, :bottom] = matrix[..., top:bottom, :] @ matrix[..., :bottom, :].mT
+    return gram
+
+
+# fewer rows than this are too little work a block
+_BLOCK_ROWS = 384
+_BLOCKS = 4
 
 
 def _converged(compute: Callable[[], T], matrix: Tensor) -> T:

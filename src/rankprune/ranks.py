@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,27 +23,41 @@ class Spectrum:
     """Singular values of a layer's matrices.
 
     Attributes:
-        values: [batch, max_rank], descending, fp64.
+        values: [batch, max_rank], descending, fp64; or the leading ones alone, [batch, k].
         shape: batch, rows and columns.
+        total: sum of all squared singular values, [batch], where `values` are not all.
     """
 
     values: Tensor
     shape: MatrixShape
+    total: Tensor | None = None
+
+    def totals(self) -> Tensor:
+        """Sum of all squared singular values: [batch]."""
+        return self.values.square().sum(1) if self.total is None else self.total
 
     def energy(self) -> Tensor:
-        """Cumulated share of the squared singular values, pooled over the batch: [max_rank].
+        """Cumulated share of the squared singular values, pooled over the batch: [k].
 
         A matrix of zeros has all its energy at every rank.
         """
         squares = self.values.square().sum(0)
-        total = squares.sum()
+        total = self.totals().sum()
         if total == 0:
             return torch.ones_like(squares)
         return (squares.cumsum(0) / total).clamp_max(1.0)
 
 
 class RankRule(ABC):
-    """Chooses a rank for a spectrum."""
+    """Chooses a rank for a spectrum.
+
+    Attributes:
+        reads: what `select` needs to know: "all" singular values, the "leading" ones and the
+            total, or the "shape" alone. A rank as large as the number of leading values means
+            that they did not suffice.
+    """
+
+    reads: ClassVar[str] = "all"
 
     @abstractmethod
     def select(self, spectrum: Spectrum) -> int:
@@ -77,6 +92,7 @@ class Energy(RankRule):
     2
     """
 
+    reads: ClassVar[str] = "leading"
     keep: float
 
     def __post_init__(self) -> None:
@@ -101,6 +117,7 @@ class Threshold(RankRule):
     (2, 3)
     """
 
+    reads: ClassVar[str] = "leading"
     value: float
     relative: bool = False
 
@@ -123,6 +140,7 @@ class Ratio(RankRule):
         value: 0 < value ≤ 1.
     """
 
+    reads: ClassVar[str] = "shape"
     value: float
 
     def __post_init__(self) -> None:
@@ -140,6 +158,7 @@ class FixedRank(RankRule):
         rank: at least 1.
     """
 
+    reads: ClassVar[str] = "shape"
     rank: int
 
     def __post_init__(self) -> None:
@@ -158,6 +177,7 @@ class StableRank(RankRule):
         factor: greater than 0; 1 keeps the stable rank itself.
     """
 
+    reads: ClassVar[str] = "leading"
     factor: float = 1.0
 
     def __post_init__(self) -> None:
@@ -168,7 +188,7 @@ class StableRank(RankRule):
     def select(self, spectrum: Spectrum) -> int:
         squares = spectrum.values.square()
         peak = squares[:, 0]
-        stable = torch.where(peak > 0, squares.sum(1) / peak, 1.0).max()
+        stable = torch.where(peak > 0, spectrum.totals() / peak, 1.0).max()
         return _clip(math.ceil(self.factor * float(stable) - 1e-9), spectrum)
 
 

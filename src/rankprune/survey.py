@@ -15,6 +15,7 @@ from rankprune.linalg import check_finite, singular_values
 from rankprune.profile import Profile, factor_flops
 from rankprune.ranks import Spectrum
 from rankprune.schemes import Scheme
+from rankprune.sharded import full_tensor
 
 # These read their sub-layers' weights directly, so a replaced sub-layer would never be called.
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -46,10 +47,10 @@ class Site:
 
     @property
     def weight(self) -> Tensor:
-        """The layer's weight, detached."""
+        """The layer's weight, detached; all processes must ask for a sharded one."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
-        return weight.detach()
+        return full_tensor(weight.detach())
 
     def bias_params(self) -> int:
         """Parameters that factorising does not touch."""

@@ -1,7 +1,7 @@
 """Trained Rank Pruning: project, regularise, finish.
 
 The controller knows no framework. It has two verbs, `project` and `regularise`, and counts
-optimizer steps. `attach` drives it from a torch optimizer's step hooks:
+optimizer steps:
 
     before step t's forward     project, where t is due (t % every == 0 between start and end)
     gradients of step t ready   regularise: gradient += λ U Vᵀ
@@ -12,87 +12,30 @@ Source: Xu et al. 2019, arXiv 1910.04576, algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankprune.errors import ConfigError
+from rankprune import engine
+from rankprune.distributed import Team
+from rankprune.engine import Job, Projected
+from rankprune.errors import ConfigError, NumericsError
 from rankprune.factorize import check_plan
 from rankprune.layers import LayerSpec
-from rankprune.linalg import Decomposition, check_finite
+from rankprune.linalg import check_finite
+from rankprune.options import TRP
 from rankprune.plan import LayerPlan, Plan
-from rankprune.planner import Budget, Override, make_plan, rank_rules, realise, round_rank
+from rankprune.planner import Budget, make_plan, rank_rules, realise, round_rank
 from rankprune.profile import ExampleInputs
 from rankprune.ranks import RankRule, Spectrum
 from rankprune.schemes import SCHEMES, Scheme, get_scheme
+from rankprune.sharded import full_tensor, is_sharded, local_part, spread_like
 
-NUCLEAR_MODES = ("gradient", "decoupled")
-NUCLEAR_WHEN = ("projection", "step")
 # How often a descending budget is spent anew as the spectra move.
 REPLANS = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class TRP:
-    """Options of Trained Rank Pruning.
-
-    Attributes:
-        rank: a rank rule, applied to the spectra as they are at each projection, or a `Budget`.
-        plan: fixed schemes and ranks, instead of `rank`.
-        scheme: as in `make_plan`.
-        overrides: as in `make_plan`.
-        multiple_of: as in `make_plan`.
-        guard: as in `make_plan`; applied at the end, since training is what makes it pay.
-        every: m, the period of projections in optimizer steps.
-        start: first step that is projected and regularised.
-        end: first step that no longer is; None for no end. `finish` projects in any case.
-        descent: number of steps after `start` over which a plan's ranks, or a budget, come down
-            from full to their target (cubic, fast first); 0 is at once.
-        nuclear: λ, weight of the nuclear norm; 0 switches it off.
-        nuclear_mode: "gradient" adds λ U Vᵀ to the gradient (the paper's); "decoupled" subtracts
-            lr · λ · U Vᵀ from the weight after the step, which no optimizer rescales.
-        nuclear_when: "projection" regularises in the steps that are projected and over the kept
-            directions only, as the paper's experiments did: nearly free. "step" does so in every
-            step over all directions, at the price of a decomposition a step.
-    """
-
-    rank: RankRule | Budget | None = None
-    plan: Plan | None = None
-    scheme: str = "auto"
-    overrides: Mapping[str, Override] | None = None
-    multiple_of: int = 1
-    guard: bool = True
-    every: int = 20
-    start: int = 0
-    end: int | None = None
-    descent: int = 0
-    nuclear: float = 0.0
-    nuclear_mode: str = "gradient"
-    nuclear_when: str = "projection"
-
-    def __post_init__(self) -> None:
-        if (self.rank is None) == (self.plan is None):
-            raise ConfigError("TRP: give either rank=… (a rule or a Budget) or plan=…")
-        for name, least in (("every", 1), ("start", 0), ("descent", 0), ("end", 0)):
-            value = getattr(self, name)
-            if value is None and name == "end":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"TRP({name}={value!r}): a whole number ≥ {least}")
-        if self.end is not None and self.end <= self.start:
-            raise ConfigError(f"TRP(start={self.start}, end={self.end}): end must come after start")
-        if not isinstance(self.nuclear, (int, float)) or not 0 <= self.nuclear < float("inf"):
-            raise ConfigError(f"TRP(nuclear={self.nuclear!r}): a finite weight ≥ 0")
-        for name, known in (("nuclear_mode", NUCLEAR_MODES), ("nuclear_when", NUCLEAR_WHEN)):
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"TRP({name}={getattr(self, name)!r}): one of {', '.join(map(repr, known))}"
-                )
-        if self.descent and isinstance(self.rank, RankRule):
-            raise ConfigError("TRP(descent=…) needs a plan or a Budget; a rank rule has no target")
 
 
 @dataclass
@@ -106,6 +49,7 @@ class _Target:
     rank: int
     energy: float | None = None
     polar: Tensor | None = None
+    start: Tensor | None = None
 
     @property
     def weight(self) -> nn.Parameter:
@@ -113,12 +57,27 @@ class _Target:
         assert isinstance(weight, nn.Parameter)
         return weight
 
-    def decompose(self) -> Decomposition:
-        check_finite(self.weight.detach(), self.name)
-        return Decomposition(self.scheme.to_matrix(self.spec, self.weight.detach()))
+    def matrices(self) -> Tensor:
+        """[batch, rows, cols]; all processes must ask for a sharded weight's."""
+        return self.scheme.to_matrix(self.spec, full_tensor(self.weight.detach()))
 
-    def spectrum(self, decomposition: Decomposition) -> Spectrum:
-        return Spectrum(decomposition.values, self.scheme.matrix_shape(self.spec))
+    def spread(self, matrices: Tensor) -> Tensor:
+        """Matrices in the weight's shape, sharded as the weight is."""
+        return self.like_weight(self.scheme.from_matrix(self.spec, matrices))
+
+    def like_weight(self, full: Tensor) -> Tensor:
+        """A tensor of the weight's shape, sharded as the weight is."""
+        return spread_like(self.weight.detach(), full)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Gathered matrices."""
+
+    matrices: Tensor
+
+    def __call__(self) -> Tensor:
+        return self.matrices
 
 
 class Controller:
@@ -135,6 +94,9 @@ class Controller:
         model: the dense model; wrappers (DDP, torch.compile) are looked through.
         options: what to do.
         example_inputs: what the model is called with, to count FLOPs; needed for a FLOPs budget.
+        process_group: the processes that train this model together, where the model does not tell
+            (it does when it is wrapped by DistributedDataParallel or sharded by `fully_shard`).
+            Each then decomposes a part of the matrices.
     """
 
     def __init__(
@@ -143,7 +105,9 @@ class Controller:
         options: TRP,
         *,
         example_inputs: ExampleInputs | None = None,
+        process_group: Any = None,
     ) -> None:
+        self.team = Team.of(model, process_group)
         self.model = unwrap(model)
         self.options = options
         self.example_inputs = example_inputs
@@ -173,11 +137,9 @@ class Controller:
             NumericsError: a weight holds NaN or infinity; the message names the layer, and no
                 layer has been changed.
         """
-        for target in self._targets:
-            check_finite(target.weight.detach(), target.name)
-        for target in self._targets:
-            decomposition = target.decompose()
-            self._project(target, decomposition, self._rank_now(target, decomposition))
+        self._check_finite()
+        for target, done in self._run([self._job(target) for target in self._targets]):
+            self._apply(target, done)
 
     @torch.no_grad()
     def regularise(self, scale: float | Tensor = 1.0) -> None:
@@ -189,10 +151,13 @@ class Controller:
         """
         if self.options.nuclear_mode != "gradient":
             return
+        weight: float | None = None
         for target, polar in self._polars():
+            if weight is None:  # once, for a GPU's scale has to be waited for
+                weight = self.options.nuclear * float(scale)
             gradient = target.weight.grad
             if gradient is not None:
-                gradient.add_((self.options.nuclear * scale * polar).to(gradient.dtype))
+                gradient.add_((weight * polar).to(gradient.dtype))
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -229,30 +194,21 @@ class Controller:
         options = self.options
         if isinstance(options.rank, Budget) and self._replans < REPLANS and options.descent:
             self._adopt(self._plan_within(options.rank))
-        decompositions = {target.name: target.decompose() for target in self._targets}
-        ranks = {
-            target.name: (
-                target.scheme.name,
-                self._rank_now(target, decompositions[target.name], final=True),
-                _reason(options),
-            )
-            for target in self._targets
-        }
-        energies = {
-            target.name: _energy(target, decompositions[target.name], ranks[target.name][1])
-            for target in self._targets
-        }
+        self._check_finite()
+        before = {target.name: local_part(target.weight).clone() for target in self._targets}
+        jobs = [self._job(target, final=True) for target in self._targets]
+        for target, done in self._run(jobs):
+            self._apply(target, done)
         plan = realise(
             self.model,
-            ranks,
+            {t.name: (t.scheme.name, t.rank, _reason(options)) for t in self._targets},
             example_inputs=self.example_inputs,
-            energies=energies,
+            energies=self.energies,
             guard=options.guard,
         )
         for target in self._targets:
-            rank = plan[target.name].rank
-            if rank is not None:
-                self._project(target, decompositions[target.name], rank)
+            if plan[target.name].rank is None:
+                local_part(target.weight).copy_(before[target.name])
         self._finished = plan
         return plan
 
@@ -285,7 +241,8 @@ class Controller:
                     "scheme": t.scheme.name,
                     "rank": t.rank,
                     "energy": t.energy,
-                    "polar": t.polar,
+                    "polar": None if t.polar is None else full_tensor(t.polar),
+                    "start": t.start,
                 }
                 for t in self._targets
             },
@@ -315,11 +272,13 @@ class Controller:
                 raise ConfigError(f"controller state: the model has no layer {name!r}")
             try:
                 scheme, rank = get_scheme(item["scheme"]), item["rank"]
-                energy, polar = item["energy"], item["polar"]
+                energy, polar, start = item["energy"], item["polar"], item["start"]
             except (KeyError, TypeError) as error:
                 raise ConfigError(f"controller state of layer {name!r}: {error!r}") from None
             target = _Target(name, modules[name], spec, scheme, rank, energy)
-            target.polar = None if polar is None else polar.to(target.weight.device)
+            device = target.weight.device
+            target.polar = None if polar is None else target.like_weight(polar.to(device))
+            target.start = None if start is None else start.to(device)
             targets.append(target)
         self.step, self._replans, self._targets = step, replans, targets
 
@@ -331,11 +290,11 @@ class Controller:
             check_plan(self.model, options.plan.factorized)
             return options.plan.factorized
         if isinstance(options.rank, Budget):
-            plan = self._plan_within(options.rank)  # also where it descends: fail early
-            return () if options.descent else plan
+            layers = self._plan_within(options.rank)  # also where it descends: fail early
+            return () if options.descent else layers
         assert options.rank is not None
         # at the start no rank need pay yet
-        return make_plan(
+        plan = make_plan(
             self.model,
             options.rank,
             scheme=options.scheme,
@@ -343,27 +302,32 @@ class Controller:
             example_inputs=self.example_inputs,
             guard=False,
             multiple_of=options.multiple_of,
-        ).factorized
+        )
+        return self.team.agree(plan).factorized
 
     def _plan_within(self, budget: Budget) -> tuple[LayerPlan, ...]:
         options = self.options
-        return make_plan(
+        plan = make_plan(
             self.model,
             budget,
             scheme=options.scheme,
             overrides=options.overrides,
             example_inputs=self.example_inputs,
             multiple_of=options.multiple_of,
-        ).factorized
+        )
+        return self.team.agree(plan).factorized
 
     def _adopt(self, layers: tuple[LayerPlan, ...]) -> None:
+        starts = {(t.name, t.scheme.name): t.start for t in self._targets}
         self._targets = []
         for layer in layers:
             assert layer.spec is not None
             assert layer.rank is not None
             module = self.model.get_submodule(layer.name)
             scheme = SCHEMES[str(layer.scheme)]
-            self._targets.append(_Target(layer.name, module, layer.spec, scheme, layer.rank))
+            target = _Target(layer.name, module, layer.spec, scheme, layer.rank)
+            target.start = starts.get((layer.name, scheme.name))
+            self._targets.append(target)
 
     def _active(self) -> bool:
         options = self.options
@@ -387,111 +351,121 @@ class Controller:
             bounds = {name: f + (1 - f) * left for name, f in budget.bounds().items()}
             self._adopt(self._plan_within(Budget(**bounds)))
 
-    def _rank_now(
-        self, target: _Target, decomposition: Decomposition, *, final: bool = False
-    ) -> int:
-        options = self.options
+    def _check_finite(self) -> None:
+        """Refuse weights that hold NaN or infinity, in one look at all of them."""
+        if not self._targets:
+            return
+        device = self._targets[0].weight.device
+        weights = [target.weight.detach() for target in self._targets]
+        flags = [torch.isfinite(local_part(weight)).all().to(device) for weight in weights]
+        finite = self.team.all_true(torch.stack(flags)).tolist()
+        if not all(finite):
+            index = finite.index(False)
+            check_finite(full_tensor(weights[index]), self._targets[index].name)
+
+    def _job(self, target: _Target, *, final: bool = False) -> Job:
+        """The projection of a layer to the rank that is due."""
+        options, shape = self.options, target.scheme.matrix_shape(target.spec)
+        leading = False
+        rank: Any = target.rank
         if isinstance(options.rank, RankRule):
-            rank = self._rules[target.name].select(target.spectrum(decomposition))
-            return round_rank(rank, options.multiple_of, decomposition.max_rank)
-        if options.plan is not None:
+            rule = self._rules[target.name]
+
+            def rank(spectrum: Spectrum) -> int:
+                return round_rank(rule.select(spectrum), options.multiple_of, shape.max_rank)
+
+            leading = rule.reads == "leading"
+            if rule.reads == "shape":
+                rank = rank(Spectrum(torch.empty(shape.batch, 0), shape))
+        elif options.plan is not None:
             planned = options.plan[target.name].rank
             assert planned is not None
             left = 0.0 if final else (1 - self._progress()) ** 3
-            return round(planned + (decomposition.max_rank - planned) * left)
-        return target.rank
+            rank = round(planned + (shape.max_rank - planned) * left)
+        return Job(
+            shape=shape,
+            load=target.matrices,
+            dtype=target.weight.dtype,
+            device=target.weight.device,
+            rank=rank,
+            leading=leading,
+            start=target.start,
+            polar=bool(options.nuclear) and options.nuclear_when == "projection" and not final,
+        )
 
-    def _project(self, target: _Target, decomposition: Decomposition, rank: int) -> None:
-        projected = decomposition.project(rank)
-        target.weight.copy_(target.scheme.from_matrix(target.spec, projected))
-        target.rank = rank
-        target.energy = _energy(target, decomposition, rank)
-        if self.options.nuclear and self.options.nuclear_when == "projection":
-            target.polar = target.scheme.from_matrix(target.spec, decomposition.polar(rank))
+    def _run(self, jobs: list[Job]) -> Iterator[tuple[_Target, Projected]]:
+        """Carry out one job a target, together with the other processes."""
+        team, sharded = self.team, any(is_sharded(t.weight) for t in self._targets)
+        for wave in team.waves([job.cost() for job in jobs], sharded=sharded):
+            if sharded and team.size > 1:
+                for index, owner in wave:  # all processes gather every matrix, its owner keeps it
+                    matrices = self._targets[index].matrices()
+                    if owner == team.rank:
+                        jobs[index] = replace(jobs[index], load=_Kept(matrices))
+                del matrices
+            own = [index for index, owner in wave if owner == team.rank]
+            done = engine.project([jobs[index] for index in own])
+            if team.size == 1:
+                yield from ((self._targets[own[i]], result) for i, result in done)
+                continue
+            results: dict[int, Projected | NumericsError] = {}
+            try:
+                results.update((own[i], result) for i, result in done)
+            except NumericsError as failure:
+                results.update((index, failure) for index in own if index not in results)
+            for index, owner in wave:
+                mine = results.pop(index, None)
+                yield self._targets[index], team.share(jobs[index], owner, mine)
 
-    def _polars(self) -> list[tuple[_Target, Tensor]]:
-        """U Vᵀ of the layers that are regularised in this step, in the weights' shapes."""
+    def _apply(self, target: _Target, done: Projected) -> None:
+        if done.nearest is not None:
+            target.weight.copy_(target.spread(done.nearest))
+        target.rank, target.energy, target.start = done.rank, done.energy, done.start
+        target.polar = None if done.polar is None else target.spread(done.polar)
+
+    def _polars(self) -> Iterator[tuple[_Target, Tensor]]:
+        """U Vᵀ of the layers that are regularised in this step, as the weights are."""
         if not self.options.nuclear or not self._active():
-            return []
-        if self.options.nuclear_when == "step":
-            return [
-                (target, target.scheme.from_matrix(target.spec, target.decompose().polar()))
-                for target in self._targets
-            ]
-        return [(target, target.polar) for target in self._targets if target.polar is not None]
+            return
+        if self.options.nuclear_when == "projection":
+            yield from ((t, t.polar) for t in self._targets if t.polar is not None)
+            return
+        jobs = []
+        for target in self._targets:
+            full = target.scheme.matrix_shape(target.spec).max_rank
+            jobs.append(replace(self._job(target), rank=full, start=None, polar=True))
+        self._check_finite()
+        for target, done in self._run(jobs):
+            assert done.polar is not None
+            yield target, target.spread(done.polar)
 
 
-def attach(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    options: TRP,
-    *,
-    example_inputs: ExampleInputs | None = None,
-    state: Mapping[str, Any] | None = None,
-) -> Controller:
-    """Add Trained Rank Pruning to an existing training loop.
+@torch.no_grad()
+def project(model: nn.Module, plan: Plan) -> None:
+    """Replace the planned layers' weights by their nearest ones of the planned ranks, in place.
 
-    The controller hooks into `optimizer.step`; the loop stays as it is. Steps that a GradScaler
-    skips do not count. The nuclear gradient is added after the loop's own gradient clipping.
+    For weights that a controller has not projected itself, such as an exponential moving average:
+    afterwards `factorize(model, plan)` computes what the model computes.
 
     Args:
-        model: the dense model.
-        optimizer: any torch optimizer over the model's parameters, or Accelerate's wrapper.
-        options: what to do.
-        example_inputs: what the model is called with, to count FLOPs; needed for a FLOPs budget.
-        state: a controller's `state_dict` to continue from, with the model's weights already
-            loaded. Without it, a projection that is due at step 0 happens now.
-
-    Returns:
-        The controller; call its `finish` after the last step.
+        model: a dense model.
+        plan: from a controller's `finish` or from `make_plan`.
 
     Raises:
-        ConfigError: the optimizer holds none of the model's weights, or as in `make_plan`.
+        PlanError: a planned layer is missing or has another shape.
+        NumericsError: a weight holds NaN or infinity; no layer has been changed.
 
     Example:
         >>> import rankprune as rp
-        >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> trp = rp.attach(model, optimizer, rp.TRP(rank=rp.FixedRank(4), every=2))
-        >>> for _ in range(5):
-        ...     optimizer.zero_grad()
-        ...     model(torch.randn(8, 16)).square().mean().backward()
-        ...     _ = optimizer.step()
-        >>> compact = rp.factorize(model, trp.finish())
-        >>> [layer.rank for layer in trp.finish().layers]
-        [4, 4]
+        >>> model = nn.Sequential(nn.Linear(16, 16))
+        >>> average = torch.optim.swa_utils.AveragedModel(model)
+        >>> trp = rp.attach(model, torch.optim.SGD(model.parameters()), rp.TRP(rank=rp.Ratio(0.2)))
+        >>> plan = trp.finish()
+        >>> rp.project(average.module, plan)
+        >>> compact = rp.factorize(average.module, plan)
     """
-    inner = getattr(optimizer, "optimizer", None)
-    raw = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
-    if not isinstance(raw, torch.optim.Optimizer):
-        raise ConfigError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
-    held = {id(parameter) for group in raw.param_groups for parameter in group["params"]}
-    if not any(id(parameter) in held for parameter in model.parameters()):
-        raise ConfigError(
-            "the optimizer holds none of the model's parameters; create it from this model, after "
-            "moving or wrapping it"
-        )
-    controller = Controller(model, options, example_inputs=example_inputs)
-    if state is None:
-        controller.before_step()
-    else:
-        controller.load_state_dict(state)
-
-    def gradients_ready(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if not _skipped(optimizer):
-            scale = getattr(optimizer, "grad_scale", None)
-            controller.regularise(1.0 if scale is None else scale)
-
-    def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if not _skipped(optimizer):
-            controller.after_step(optimizer)
-            controller.before_step()
-
-    controller._handles = [
-        raw.register_step_pre_hook(gradients_ready),
-        raw.register_step_post_hook(stepped),
-    ]
-    return controller
+    controller = Controller(model, TRP(plan=plan, guard=False))
+    controller.project()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -505,22 +479,12 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _skipped(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a GradScaler has told a fused optimizer to leave this step out."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
-
-
 def _learning_rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
     return {
         id(parameter): float(group["lr"])
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-
-
-def _energy(target: _Target, decomposition: Decomposition, rank: int) -> float:
-    return float(target.spectrum(decomposition).energy()[rank - 1])
 
 
 def _reason(options: TRP) -> str:

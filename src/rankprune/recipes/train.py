@@ -17,7 +17,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from rankprune.attach import attach
 from rankprune.errors import ConfigError, FileError, RankPruneError
+from rankprune.options import TRP
 from rankprune.plan import Plan
 from rankprune.planner import Budget
 from rankprune.recipes.batches import Normalise, check_batch, train_batches
@@ -26,7 +28,7 @@ from rankprune.recipes.config import TrainConfig
 from rankprune.recipes.data import ImageData
 from rankprune.recipes.evaluate import evaluate
 from rankprune.serialize import write_atomically
-from rankprune.training import TRP, Controller, attach
+from rankprune.training import Controller
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
@@ -338,6 +340,9 @@ class _Run:
             self.raw,
             trp_options(self.config, self.total),
             example_inputs=example_inputs(self.data, self.accelerator.device),
+            process_group=torch.distributed.group.WORLD
+            if self.accelerator.num_processes > 1
+            else None,
             state=None if checkpoint is None else checkpoint["trp"],
         )
 

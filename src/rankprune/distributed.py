@@ -1,0 +1,150 @@
+"""Which process computes which matrix, and how the others get the result.
+
+Under DistributedDataParallel every process holds every weight; under FSDP2 (`fully_shard`) a shard
+of it. Either way each matrix has one owner, which computes; the others receive the owner's bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rankprune.engine import Job, Projected
+from rankprune.errors import NumericsError
+from rankprune.plan import Plan
+from rankprune.sharded import is_sharded
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that train one model together.
+
+    Attributes:
+        group: their process group; None for one process alone.
+    """
+
+    group: Any = None
+
+    @classmethod
+    def of(cls, model: nn.Module, group: Any = None) -> Team:
+        """The processes of a wrapped or sharded model.
+
+        Args:
+            model: as it is trained: bare, or wrapped by DDP or torch.compile, or `fully_shard`ed.
+            group: what to use for a bare model, which does not tell.
+        """
+        if group is None:
+            for module in model.modules():
+                if isinstance(module, nn.parallel.DistributedDataParallel):
+                    group = module.process_group
+                    break
+        if group is None:
+            parameters: Iterable[Any] = model.parameters()
+            meshes = [p.device_mesh for p in parameters if is_sharded(p)]
+            if meshes:
+                group = meshes[0].get_group() if meshes[0].ndim == 1 else dist.group.WORLD
+        return cls(group)
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """This process among them."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    def broadcast(self, tensor: Tensor, owner: int) -> Tensor:
+        """Give every process the owner's values, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, dist.get_global_rank(self.group, owner), group=self.group)
+        return tensor
+
+    def all_true(self, flags: Tensor) -> Tensor:
+        """Elementwise: whether every process has true."""
+        if self.size > 1:
+            counts = flags.to(torch.int32)
+            dist.all_reduce(counts, dist.ReduceOp.MIN, group=self.group)
+            return counts.bool()
+        return flags
+
+    def agree(self, plan: Plan) -> Plan:
+        """The first process's plan, in every process."""
+        if self.size == 1:
+            return plan
+        first = dist.get_global_rank(self.group, 0)
+        texts = [plan.to_json()]
+        dist.broadcast_object_list(texts, first, group=self.group)
+        return plan if self.rank == 0 else Plan.from_json(texts[0])
+
+    def waves(self, costs: Sequence[float], *, sharded: bool) -> Iterator[list[tuple[int, int]]]:
+        """Share matrices out: (index, owner) of those that are worked on at the same time.
+
+        The owners' loads are levelled: the costliest first, each to whoever has least to do
+        (Graham 1969; at most 4/3 of the best possible). Sharded weights go in waves of one matrix
+        a process, so that no more than that is in memory in full.
+
+        Args:
+            costs: expected time of each matrix; the same in all processes.
+            sharded: whether the weights are sharded.
+        """
+        loads = [0.0] * self.size
+        owned: list[list[int]] = [[] for _ in loads]
+        for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+            owner = min(range(len(loads)), key=lambda i: (loads[i], i))
+            loads[owner] += costs[index]
+            owned[owner].append(index)
+        pairs = [[(index, owner) for index in items] for owner, items in enumerate(owned)]
+        if not sharded:
+            yield [pair for items in pairs for pair in items]
+            return
+        for wave in range(max((len(items) for items in pairs), default=0)):
+            yield [items[wave] for items in pairs if wave < len(items)]
+
+    def share(self, job: Job, owner: int, result: Projected | NumericsError | None) -> Projected:
+        """The owner's result, in every process.
+
+        Args:
+            job: what was done; of the same shape, dtype and device everywhere.
+            owner: who has done it.
+            result: its result or failure, at the owner; None elsewhere.
+
+        Raises:
+            NumericsError: the owner has failed; everywhere.
+        """
+        if self.size == 1:
+            if isinstance(result, NumericsError):
+                raise result
+            assert result is not None
+            return result
+        shape = (job.shape.batch, job.shape.rows, job.shape.cols)
+        header = torch.zeros(3, dtype=torch.float64, device=job.device)
+        if isinstance(result, Projected):
+            width = 0 if result.start is None else result.start.shape[-1]
+            header = header.new_tensor([result.rank, result.energy, width])
+        rank, energy, width = self.broadcast(header, owner).tolist()
+        if rank == 0:
+            if isinstance(result, NumericsError):
+                raise result
+            raise NumericsError(f"a decomposition of {shape} failed in process {owner}")
+
+        def get(mine: Tensor | None, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+            if mine is None:
+                mine = torch.empty(size, dtype=dtype, device=job.device)
+            return self.broadcast(mine.contiguous(), owner)
+
+        own = result if isinstance(result, Projected) else Projected(None, 0, 0.0, None, None)
+        nearest = polar = start = None
+        if rank < job.shape.max_rank:
+            nearest = get(own.nearest, shape, job.dtype)
+        if job.polar:
+            polar = get(own.polar, shape, job.dtype)
+        if width:
+            start = get(own.start, (shape[0], min(shape[1:]), int(width)), torch.float32)
+        return Projected(nearest, int(rank), energy, polar, start)

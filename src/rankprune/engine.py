@@ -1,0 +1,255 @@
+"""Projection of many matrices: which engine takes which, in batches of equal shape.
+
+| engine | takes | cost of an n × m matrix, n ≤ m, to rank r |
+|---|---|---|
+| block iteration | where a start is at hand from the last time | 6 n m r |
+| Gram, fp32, then fp64 | everything else in fp32 or less | n² m + eigh(n) + 4 n m r |
+| SVD | fp64, and what the others cannot promise | svd(n, m) |
+
+Every result keeps the residual's promise of `linalg`: an engine that cannot say so hands over to
+the next one. The choice depends on shapes, ranks and the starts alone, so that a run which is
+resumed with its starts takes the same path.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankprune.linalg import Decomposition
+from rankprune.ranks import Spectrum
+from rankprune.schemes import MatrixShape
+from rankprune.subspace import Subspace, newton_schulz
+
+# Matrices of equal shape are stacked up to this many bytes: small ones gain, large ones do not.
+CHUNK_BYTES = 8 * 2**20
+# Rounds of the block iteration before another engine takes over.
+ROUNDS = 3
+# Below this side the Gram matrix is decomposed in less time than the iteration's calls take.
+SMALLEST_SIDE = 96
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Matrices of one layer, to be projected to one rank.
+
+    Attributes:
+        shape: batch, rows and columns.
+        load: gives the matrices, [batch, rows, cols], finite.
+        dtype: their dtype.
+        device: their device.
+        rank: the rank, or what chooses it by the spectrum.
+        leading: whether the leading singular values suffice to choose.
+        start: what the block iteration starts from, of the last result; None without.
+        polar: whether U Vᵀ is wanted, over the kept directions.
+    """
+
+    shape: MatrixShape
+    load: Callable[[], Tensor]
+    dtype: torch.dtype
+    device: torch.device
+    rank: int | Callable[[Spectrum], int]
+    leading: bool = False
+    start: Tensor | None = None
+    polar: bool = False
+
+    @property
+    def warm(self) -> bool:
+        """Whether the block iteration is to be tried."""
+        if self.start is None or self.dtype == torch.float64:
+            return False
+        if isinstance(self.rank, int):
+            return self.rank <= self.start.shape[-1]
+        return self.leading
+
+    @property
+    def rough(self) -> bool:
+        """Whether fp32 may do; a rule that reads every singular value gets the digits of fp64."""
+        return isinstance(self.rank, int) or self.leading
+
+    def cost(self) -> float:
+        """Expected time, in arbitrary units, to share jobs out."""
+        small, large = sorted((self.shape.rows, self.shape.cols))
+        if self.warm:
+            assert self.start is not None
+            size = self.start.shape[-1]
+            return self.shape.batch * size * (6.0 * small * large + 6.0 * size * large)
+        # eigh reaches less of the peak than products do
+        return self.shape.batch * small * (3.0 * small * large + 16.0 * small * small)
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What a job has become.
+
+    Attributes:
+        nearest: [batch, rows, cols], in the job's dtype; None at full rank, where nothing changes.
+        rank: the rank of all matrices.
+        energy: kept share of the squared singular values, pooled over the batch.
+        polar: U Vᵀ over the kept directions where it was wanted.
+        start: for the next job of these matrices; None where none pays.
+    """
+
+    nearest: Tensor | None
+    rank: int
+    energy: float
+    polar: Tensor | None
+    start: Tensor | None
+
+
+def project(jobs: Sequence[Job]) -> Iterator[tuple[int, Projected]]:
+    """Carry jobs out, in an order that suits them.
+
+    Args:
+        jobs: any matrices.
+
+    Yields:
+        A job's index with its result, as they are done; only a few matrices are held at a time.
+
+    Raises:
+        NumericsError: a decomposition did not converge.
+    """
+    groups: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
+    for index, job in enumerate(jobs):
+        key: tuple[object, ...] = (
+            job.shape.rows,
+            job.shape.cols,
+            job.dtype,
+            job.device,
+            job.warm,
+            job.rough,
+        )
+        if job.warm:
+            assert job.start is not None
+            key += (job.start.shape[-1],)
+        groups[key].append(index)
+    for members in groups.values():
+        for chunk in _chunks(jobs, members):
+            yield from _project_chunk(jobs, chunk)
+
+
+def _chunks(jobs: Sequence[Job], members: Sequence[int]) -> Iterator[list[int]]:
+    chunk: list[int] = []
+    held = 0
+    for index in members:
+        shape = jobs[index].shape
+        size = shape.batch * shape.rows * shape.cols * jobs[index].dtype.itemsize
+        if chunk and held + size > CHUNK_BYTES:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(index)
+        held += size
+    yield chunk
+
+
+def _project_chunk(jobs: Sequence[Job], chunk: list[int]) -> Iterator[tuple[int, Projected]]:
+    unchanged = [index for index in chunk if jobs[index].rank == jobs[index].shape.max_rank]
+    for index in unchanged:
+        polar = _full_polar(jobs[index]) if jobs[index].polar else None
+        yield index, Projected(None, jobs[index].shape.max_rank, 1.0, polar, None)
+    chunk = [index for index in chunk if index not in unchanged]
+    if not chunk:
+        return
+    loaded = [jobs[index].load() for index in chunk]
+    matrix = loaded[0] if len(chunk) == 1 else torch.cat(loaded)
+    del loaded
+    offset, parts = 0, []
+    for index in chunk:
+        parts.append((index, slice(offset, offset + jobs[index].shape.batch)))
+        offset += jobs[index].shape.batch
+    if jobs[chunk[0]].warm:
+        done = _by_iteration(jobs, parts, matrix)
+        yield from done.items()
+        parts = [(index, part) for index, part in parts if index not in done]
+    if parts:
+        yield from _by_decomposition(jobs, parts, matrix)
+
+
+def _full_polar(job: Job) -> Tensor:
+    matrix = job.load()
+    if job.device.type == "cuda" and job.dtype != torch.float64:
+        # products are what a GPU does best, and its eigh what it does worst
+        return newton_schulz(matrix.float()).to(job.dtype)
+    return Decomposition(matrix).polar()
+
+
+def _by_iteration(
+    jobs: Sequence[Job], parts: Sequence[tuple[int, slice]], matrix: Tensor
+) -> dict[int, Projected]:
+    """Results of the jobs for which the block iteration can promise them."""
+    starts = [jobs[index].start for index, _ in parts]
+    subspace = Subspace(matrix, torch.cat([start for start in starts if start is not None]))
+    done: dict[int, Projected] = {}
+    for attempt in range(ROUNDS):
+        if attempt:
+            subspace.refine()
+        for index, part in parts:
+            if index not in done:
+                result = _certified(jobs[index], subspace.part(part))
+                if result is not None:
+                    done[index] = result
+        if len(done) == len(parts):
+            break
+    return done
+
+
+def _certified(job: Job, subspace: Subspace) -> Projected | None:
+    rank = job.rank
+    if not isinstance(rank, int):
+        rank = rank(Spectrum(subspace.values, job.shape, subspace.total))
+        if rank >= subspace.size:
+            return None  # more directions might be wanted than the iteration follows
+    if not bool(subspace.certified(rank).all()):
+        return None
+    total = float(subspace.total.sum())
+    lost = float(subspace.residual(rank).sum())
+    size = min(_start_size(job, rank) or 0, subspace.size)
+    return Projected(
+        nearest=subspace.project(rank),
+        rank=rank,
+        energy=max(0.0, 1 - lost / total) if total else 1.0,
+        polar=subspace.polar(rank) if job.polar else None,
+        start=subspace.start(size).contiguous() if size >= rank else None,
+    )
+
+
+def _by_decomposition(
+    jobs: Sequence[Job], parts: Sequence[tuple[int, slice]], matrix: Tensor
+) -> Iterator[tuple[int, Projected]]:
+    # a rule that reads every singular value gets the digits of fp64
+    rough = all(jobs[index].rough for index, _ in parts)
+    whole = Decomposition(matrix, working=torch.float32 if rough else torch.float64)
+    for index, part in parts:
+        job, decomposition = jobs[index], whole.part(part)
+        rank = job.rank
+        if not isinstance(rank, int):
+            rank = rank(Spectrum(decomposition.values, job.shape))
+        full = rank == job.shape.max_rank
+        spectrum = Spectrum(decomposition.values, job.shape)
+        size = _start_size(job, rank)
+        yield (
+            index,
+            Projected(
+                nearest=None if full else decomposition.project(rank),
+                rank=rank,
+                energy=float(spectrum.energy()[rank - 1]),
+                polar=decomposition.polar(rank) if job.polar else None,
+                start=None if size is None else decomposition.start(size),
+            ),
+        )
+
+
+def _start_size(job: Job, rank: int) -> int | None:
+    """How many directions the block iteration is to follow next time; None where it is no gain."""
+    small = min(job.shape.rows, job.shape.cols)
+    if job.dtype == torch.float64 or small < SMALLEST_SIDE:
+        return None
+    if not isinstance(job.rank, int):
+        if not job.leading:
+            return None
+        rank += max(4, rank // 8)  # so that a rule can choose more
+    return rank if rank <= small // 2 else None
