@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rankprune.errors import LayerError, NumericsError, RankPruneError
-from rankprune.linalg import RESIDUAL_PROMISE, Decomposition, check_finite, singular_values
+from rankprune.linalg import (
+    _BLOCK_ROWS,
+    RESIDUAL_PROMISE,
+    Decomposition,
+    check_finite,
+    gram_lower,
+    singular_values,
+)
 
 EPS = {
     torch.float64: torch.finfo(torch.float64).eps,
@@ -53,13 +60,20 @@ shapes: dict[str, Any] = {
 }
 
 
-def _checked_residual(matrix: Tensor, rank: int) -> None:
+def _checked_residual(
+    matrix: Tensor,
+    rank: int,
+    *,
+    working: torch.dtype = torch.float64,
+    decomposition: Decomposition | None = None,
+) -> None:
     """The residual of a projection equals the norm of the discarded singular values."""
     reference = matrix.double().numpy()
     values = np.linalg.svd(reference, compute_uv=False)
     optimum = np.sqrt((values[:, rank:] ** 2).sum(-1))
     norm = np.linalg.norm(reference, axis=(-2, -1))
-    decomposition = Decomposition(matrix)
+    if decomposition is None:
+        decomposition = Decomposition(matrix, working=working)
     projected = decomposition.project(rank)
     assert projected.dtype is matrix.dtype
     assert projected.shape == matrix.shape
@@ -69,15 +83,15 @@ def _checked_residual(matrix: Tensor, rank: int) -> None:
     assert (residual <= RESIDUAL_PROMISE * optimum + rounding).all()
     assert (residual >= optimum - rounding).all()
     # LAPACK promises a modest multiple of eps in fp64; the Gram engine has digits to spare
-    working = 32 * EPS[torch.float64] if matrix.dtype == torch.float64 else 8 * EPS[torch.float32]
+    digits = 32 * EPS[torch.float64] if matrix.dtype == torch.float64 else 8 * EPS[torch.float32]
     kept = decomposition.truncate(rank)
     values = kept.s.double().numpy()
-    assert (values[:, :-1] >= values[:, 1:] - working * norm[:, None]).all()
+    assert (values[:, :-1] >= values[:, 1:] - digits * norm[:, None]).all()
     composed = (kept.u * kept.s.unsqueeze(-2)) @ kept.vh
     residual = np.linalg.norm(reference - composed.double().numpy(), axis=(-2, -1))
-    assert (residual <= RESIDUAL_PROMISE * optimum + working * norm).all()
+    assert (residual <= RESIDUAL_PROMISE * optimum + digits * norm).all()
     left, right = kept.balanced()
-    assert np.allclose((left @ right).numpy(), composed.numpy(), atol=working * norm.max())
+    assert np.allclose((left @ right).numpy(), composed.numpy(), atol=digits * norm.max())
 
 
 @settings(max_examples=500)
@@ -158,6 +172,145 @@ def test_projecting_twice_changes_nothing(
     once = Decomposition(matrix).project(rank)
     twice = Decomposition(once).project(rank)
     assert torch.allclose(once, twice, rtol=0, atol=4e-6 * float(once.abs().max()) + 1e-30)
+
+
+# -- the Gram engine in fp32 -----------------------------------------------------------------------
+
+
+@settings(max_examples=300)
+@given(
+    dtype=st.sampled_from((torch.float32, torch.float16, torch.bfloat16, torch.float64)),
+    scale=st.sampled_from((1.0, 1.0, 1e-3, 1e3, 1e-20, 1e20)),
+    **shapes,
+)
+@example(
+    dtype=torch.float32, scale=1.0, rows=24, cols=24, batch=3, kind="zero", fraction=0.5, seed=0
+)
+def test_fp32_keeps_the_promise_or_hands_over(
+    dtype: torch.dtype,
+    scale: float,
+    rows: int,
+    cols: int,
+    batch: int,
+    kind: str,
+    fraction: float,
+    seed: int,
+) -> None:
+    """The same contract, also where the squares are out of fp32's range or digits are missing."""
+    if dtype == torch.float16:
+        scale = 1.0
+    rank = 1 + int(fraction * (min(rows, cols) - 1))
+    matrix = (scale * _matrix(rows, cols, batch, kind, torch.float64, seed)).to(dtype)
+    _checked_residual(matrix, rank, working=torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "large", "ill-conditioned", "deficient", "linear"])
+@pytest.mark.parametrize("shape", [(40, 300), (300, 40), (64, 64)])
+def test_fp32_keeps_the_promise_far_from_one(kind: str, shape: tuple[int, int]) -> None:
+    matrix = _matrix(*shape, 2, kind, torch.float32, 0)
+    for rank in (1, 3, 7, 20, 39, 40):
+        _checked_residual(matrix, rank, working=torch.float32)
+
+
+def test_fp32_is_really_used_and_left_where_it_must() -> None:
+    """Half of the time is the point of it."""
+    used: list[torch.dtype] = []
+    eigh = torch.linalg.eigh
+
+    def spied(gram: Tensor) -> Any:
+        used.append(gram.dtype)
+        return eigh(gram)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.linalg, "eigh", spied)
+        for kind, expected in (
+            ("linear", [torch.float32]),
+            ("flat", [torch.float32]),
+            ("deficient", [torch.float32, torch.float64]),
+            ("tiny", [torch.float64]),
+        ):
+            used.clear()
+            matrix = _matrix(20, 30, 2, kind, torch.float32, 0)
+            Decomposition(matrix, working=torch.float32).project(10)
+            assert used == expected, kind
+
+
+@settings(max_examples=100)
+@given(working=st.sampled_from((torch.float32, torch.float64)), **shapes)
+def test_parts_of_a_batch_keep_the_promise_each(
+    working: torch.dtype,
+    rows: int,
+    cols: int,
+    batch: int,
+    kind: str,
+    fraction: float,
+    seed: int,
+) -> None:
+    """Of matrices of all kinds, in one decomposition."""
+    matrix = torch.cat(
+        [_matrix(rows, cols, batch, k, torch.float32, seed) for k in ("linear", kind, "deficient")]
+    )
+    rank = 1 + int(fraction * (min(rows, cols) - 1))
+    whole = Decomposition(matrix, working=working)
+    for index in range(3):
+        part = slice(index * batch, (index + 1) * batch)
+        one, alone = whole.part(part), Decomposition(matrix[part], working=working)
+        _checked_residual(matrix[part], rank, decomposition=one)
+        size = float(alone.values.max()) + 1e-30
+        assert torch.allclose(one.values, alone.values, rtol=0, atol=1e-3 * size)
+        assert one.polar(rank).shape == matrix[part].shape
+    assert torch.equal(whole.matrix, matrix)
+    _checked_residual(matrix, rank, decomposition=whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_parts_answer_as_the_whole(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    matrix = _matrix(*shape, 3, "linear", dtype, 0)
+    whole = Decomposition(matrix)
+    for rank in (2, 5):
+        part = whole.part(slice(1, 3))
+        for verb in ("project", "polar", "start"):
+            expected = getattr(whole, verb)(rank)[1:3]
+            assert torch.allclose(getattr(part, verb)(rank), expected, rtol=0, atol=1e-6), verb
+
+
+@pytest.mark.parametrize("working", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["linear", "deficient", "zero", "one"])
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_start_holds_the_leading_vectors_over_their_values(
+    working: torch.dtype, kind: str, shape: tuple[int, int]
+) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        matrix = _matrix(*shape, 2, kind, dtype, 0)
+        start = Decomposition(matrix, working=working).start(4)
+        assert start.dtype is torch.float32
+        assert start.shape == (2, 12, 4)
+        assert torch.isfinite(start).all()
+        oriented = matrix.double() if shape[0] < shape[1] else matrix.double().mT
+        singular = np.linalg.svd(oriented.numpy(), compute_uv=False)[:, :4]
+        # Xᵀ M is orthonormal already where there is anything
+        rows = start.double().mT @ oriented
+        alive = torch.tensor(singular > 1e-3 * singular[:, :1]).double()
+        expected = torch.diag_embed(alive)
+        mask = alive.unsqueeze(-1) * alive.unsqueeze(-2)
+        assert torch.allclose(rows @ rows.mT * mask, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, _BLOCK_ROWS - 1, _BLOCK_ROWS, _BLOCK_ROWS + 1, 501])
+@pytest.mark.parametrize("batch", [(), (2,), (2, 1)])
+def test_gram_is_the_product_on_the_lower_triangle(rows: int, batch: tuple[int, ...]) -> None:
+    for cols in (1, 7):
+        matrix = torch.randn(*batch, rows, cols, dtype=torch.float64)
+        found = gram_lower(matrix).numpy()
+        expected = matrix.numpy() @ np.swapaxes(matrix.numpy(), -1, -2)
+        assert np.allclose(np.tril(found), np.tril(expected), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("working", [torch.float32, torch.float64])
+def test_large_matrices_go_by_blocks(working: torch.dtype) -> None:
+    matrix = _matrix(_BLOCK_ROWS + 3, _BLOCK_ROWS + 40, 1, "linear", torch.float32, 0)
+    _checked_residual(matrix, 100, working=working)
 
 
 # -- polar factor ----------------------------------------------------------------------------------

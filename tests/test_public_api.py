@@ -51,6 +51,7 @@ PUBLIC = [
     "make_plan",
     "plan_of",
     "profile",
+    "project",
     "read_plan",
     "report",
     "save",

@@ -122,6 +122,55 @@ def test_ranks_are_always_possible(
     assert 1 <= rank <= small
 
 
+def _falling(batch: int, small: int, decay: float, seed: int) -> Spectrum:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(batch, small, generator=generator).double()
+    values = values.sort(1, descending=True).values * decay ** torch.arange(small)
+    return Spectrum(values, MatrixShape(batch, small, 2 * small))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@settings(max_examples=60)
+@given(
+    batch=st.integers(1, 3),
+    small=st.integers(1, 16),
+    decay=st.floats(0.2, 1.0),
+    seed=st.integers(0, 999),
+)
+def test_rules_read_no_more_than_they_say(
+    rule: RankRule, batch: int, small: int, decay: float, seed: int
+) -> None:
+    """The leading values and the total give the same rank, or one that says they are too few."""
+    spectrum = _falling(batch, small, decay, seed)
+    expected = rule.select(spectrum)
+    if rule.reads == "shape":
+        for values in (torch.empty(batch, 0), torch.full((batch, 2), NAN)):
+            assert rule.select(Spectrum(values, spectrum.shape)) == expected
+    elif rule.reads == "leading":
+        total = spectrum.values.square().sum(1)
+        for count in range(1, small + 1):
+            leading = Spectrum(spectrum.values[:, :count], spectrum.shape, total)
+            found = rule.select(leading)
+            assert found == expected if expected < count else found >= count
+            assert isinstance(found, int)
+            assert 1 <= found <= small
+    else:
+        assert rule.reads == "all"
+
+
+def test_leading_values_have_their_share_of_the_total() -> None:
+    leading = Spectrum(GROUPS.values[:, :2], GROUPS.shape, GROUPS.totals())
+    assert torch.equal(leading.totals(), torch.tensor([16.0, 3.0], dtype=torch.float64))
+    assert torch.equal(leading.energy(), GROUPS.energy()[:2])
+    assert torch.equal(GROUPS.totals(), leading.totals())
+    assert leading.energy().tolist() == pytest.approx([17 / 19, 18 / 19])
+    nothing = Spectrum(ZERO.values[:, :2], ZERO.shape, torch.zeros(1, dtype=torch.float64))
+    assert nothing.energy().tolist() == [1.0, 1.0]
+    # a total that rounding has made too small is no share above one
+    short = Spectrum(THREE.values[:, :2], THREE.shape, torch.tensor([12.9], dtype=torch.float64))
+    assert short.energy().tolist() == [pytest.approx(9 / 12.9), 1.0]
+
+
 @settings(max_examples=100)
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=20), st.floats(0.01, 1.0))
 def test_energy_is_the_smallest_rank_that_keeps_it(values: list[float], keep: float) -> None:

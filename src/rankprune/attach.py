@@ -5,7 +5,8 @@ Every framework ends in `optimizer.step`, so this one driver serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -75,14 +76,16 @@ def attach(
         model, options, example_inputs=example_inputs, process_group=process_group
     )
     if state is None:
-        controller.before_step()
+        with _without_autocast(model):
+            controller.before_step()
     else:
         controller.load_state_dict(state)
 
     def regularise(optimizer: torch.optim.Optimizer) -> None:
         if not _skipped(optimizer):
             scale = getattr(optimizer, "grad_scale", None)
-            controller.regularise(1.0 if scale is None else scale)
+            with _without_autocast(model):
+                controller.regularise(1.0 if scale is None else scale)
 
     def stepping(
         optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -104,14 +107,24 @@ def attach(
 
     def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not _skipped(optimizer):
-            controller.after_step(optimizer)
-            controller.before_step()
+            with _without_autocast(model):
+                controller.after_step(optimizer)
+                controller.before_step()
 
     controller._handles = [
         raw.register_step_pre_hook(stepping),
         raw.register_step_post_hook(stepped),
     ]
     return controller
+
+
+@contextlib.contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """Some loops step inside of autocast, and low rank does not survive products in half."""
+    with contextlib.ExitStack() as stack:
+        for kind in {parameter.device.type for parameter in model.parameters()}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _skipped(optimizer: torch.optim.Optimizer) -> bool:

@@ -6,7 +6,7 @@ of it. Either way each matrix has one owner, which computes; the others receive 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rankprune.engine import Job, Projected
-from rankprune.errors import NumericsError
+from rankprune.errors import NumericsError, RankPruneError
 from rankprune.plan import Plan
 from rankprune.sharded import is_sharded
 
@@ -74,14 +74,24 @@ class Team:
             return counts.bool()
         return flags
 
-    def agree(self, plan: Plan) -> Plan:
-        """The first process's plan, in every process."""
+    def agree(self, make: Callable[[], Plan]) -> Plan:
+        """The first process's plan, in every process; a failure in one is a failure in all."""
         if self.size == 1:
-            return plan
-        first = dist.get_global_rank(self.group, 0)
-        texts = [plan.to_json()]
-        dist.broadcast_object_list(texts, first, group=self.group)
-        return plan if self.rank == 0 else Plan.from_json(texts[0])
+            return make()
+        plan: Plan | RankPruneError
+        try:
+            plan = make()
+            mine = (True, plan.to_json())
+        except RankPruneError as error:
+            plan, mine = error, (False, str(error))
+        texts: list[Any] = [None] * self.size
+        dist.all_gather_object(texts, mine, group=self.group)
+        if isinstance(plan, RankPruneError):
+            raise plan
+        for process, (done, text) in enumerate(texts):
+            if not done:
+                raise NumericsError(f"planning failed in process {process}: {text}")
+        return plan if self.rank == 0 else Plan.from_json(texts[0][1])
 
     def waves(self, costs: Sequence[float], *, sharded: bool) -> Iterator[list[tuple[int, int]]]:
         """Share matrices out: (index, owner) of those that are worked on at the same time.

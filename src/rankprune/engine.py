@@ -27,8 +27,8 @@ from rankprune.subspace import Subspace, newton_schulz
 
 # Matrices of equal shape are stacked up to this many bytes: small ones gain, large ones do not.
 CHUNK_BYTES = 8 * 2**20
-# Rounds of the block iteration before another engine takes over.
-ROUNDS = 3
+# Steps of the block iteration, of one product each, before another engine takes over.
+STEPS = 5
 # Below this side the Gram matrix is decomposed in less time than the iteration's calls take.
 SMALLEST_SIDE = 96
 
@@ -184,7 +184,7 @@ def _by_iteration(
     starts = [jobs[index].start for index, _ in parts]
     subspace = Subspace(matrix, torch.cat([start for start in starts if start is not None]))
     done: dict[int, Projected] = {}
-    for attempt in range(ROUNDS):
+    for attempt in range(STEPS):
         if attempt:
             subspace.refine()
         for index, part in parts:
@@ -203,7 +203,7 @@ def _certified(job: Job, subspace: Subspace) -> Projected | None:
         rank = rank(Spectrum(subspace.values, job.shape, subspace.total))
         if rank >= subspace.size:
             return None  # more directions might be wanted than the iteration follows
-    if not bool(subspace.certified(rank).all()):
+    if not (subspace.promising(rank) and bool(subspace.certified(rank).all())):
         return None
     total = float(subspace.total.sum())
     lost = float(subspace.residual(rank).sum())

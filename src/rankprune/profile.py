@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rankprune.errors import ConfigError
 from rankprune.layers import LayerSpec
+from rankprune.sharded import reshard
 
 ExampleInputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -121,6 +122,7 @@ def profile(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
         stack.enter_context(evaluating(model))
         stack.enter_context(_plain_attention())
         try:
+            stack.callback(reshard, model)
             with torch.no_grad(), counter:
                 call(model, example_inputs)
         except ConfigError:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is spread over processes."""
     # not isinstance: importing DTensor costs as much as importing torch
     return hasattr(tensor, "full_tensor")
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop the whole weights that FSDP2 keeps after a forward pass; the shards come back."""
+    for module in model.modules():
+        release: Any = getattr(module, "reshard", None)
+        if release is not None and hasattr(module, "unshard"):
+            release()
 
 
 def local_part(tensor: Any) -> Tensor:

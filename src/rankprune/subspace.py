@@ -1,16 +1,17 @@
 """Block iteration for leading singular subspaces: warm-started, or from a random start.
 
 Between two projections a weight moves little, so the subspace of the last one is nearly right.
-One round of the iteration then takes three matrix products, and no decomposition is larger than
-rank × rank:
+The iteration then takes three matrix products, and no decomposition is larger than rank × rank:
 
     V = orth(Xᵀ M)        right basis, from the start X
-    Z = M Vᵀ              left factor: the best one for this V, so P = Z V
-    X = Z (ZᵀZ)⁻¹         start of the next round, or of the next time
+    Z = M Vᵀ              left factor: the best one for this V
+    P = Z V               the projection
 
-X carries the inverse singular values, so that Xᵀ M is nearly orthonormal and one Cholesky QR makes
-it so to fp32's precision. A Gaussian X makes the first round a randomised range finder (Halko,
-Martinsson, Tropp 2011, arXiv 0909.4061).
+Every further step costs one product: it takes the orthonormal basis of the last factor, on
+alternating sides, and finds the best factor for it. X is the pseudo-inverse of the left factor,
+transposed: with it Xᵀ M is nearly orthonormal already, and one Cholesky QR makes it so to fp32's
+precision. A Gaussian X makes the first step a randomised range finder (Halko, Martinsson, Tropp
+2011, arXiv 0909.4061).
 
 `certified` bounds how far a residual is from the optimum without knowing it. With T = ZᵀZ, the
 rest D = M − Z V and the coupling B = Dᵀ Z, the energy that the subspace misses is at most
@@ -36,8 +37,8 @@ _EPS = torch.finfo(torch.float32).eps
 _TINY = torch.finfo(torch.float32).tiny
 
 
-# what a round computes, one entry a matrix
-_TENSORS = ("_oriented", "_right", "_orthonormal", "_left", "_gram", "_product", "_rest")
+# what a step computes, one entry a matrix
+_TENSORS = ("_oriented", "_right", "_orthonormal", "_left", "_gram")
 
 
 class _Kept(NamedTuple):
@@ -51,7 +52,7 @@ class _Kept(NamedTuple):
 
 
 class Subspace:
-    """Leading singular subspaces of a batch of matrices, after one round from a start.
+    """Leading singular subspaces of a batch of matrices, after one step from a start.
 
     Args:
         matrix: [batch, rows, cols], finite; fp32, or half precision, which is computed in fp32.
@@ -70,17 +71,19 @@ class Subspace:
         self.total = square_sum(matrix)
         self._wide = matrix.shape[-2] <= matrix.shape[-1]
         self._oriented = (matrix if self._wide else matrix.mT).float()
-        self._iterate(start)
+        self._step(start.mT @ self._oriented)
 
     def refine(self) -> None:
-        """One more round."""
-        self._iterate(self.start())
+        """One more step, towards the other side."""
+        rows = self._left.mT
+        self._wide, self._oriented = not self._wide, self._oriented.mT
+        self._step(rows)
 
     def part(self, matrices: slice) -> Subspace:
         """The same for some matrices of the batch, as it is now; nothing is computed again."""
         part = object.__new__(Subspace)
         part._wide = self._wide
-        part._cached = part._eigen = None
+        part._forget()
         for name in ("matrix", "total", *_TENSORS):
             setattr(part, name, getattr(self, name)[matrices])
         return part
@@ -96,16 +99,15 @@ class Subspace:
         return self._eigenpairs()[0].flip(-1).clamp_min(0).double().sqrt()
 
     def start(self, rank: int | None = None) -> Tensor:
-        """What the next round starts from, for the leading r directions or all: [batch, small, r].
-
-        The pseudo-inverse of the left factor, transposed.
-        """
+        """What to start from next time, for the leading r directions or all: [batch, small, r]."""
         kept = self._kept(self.size if rank is None else rank)
-        return kept.left @ _shifted_inverse(kept.gram)
+        if self._left.shape[-2] == min(self.matrix.shape[-2:]):
+            return kept.left @ _shifted_inverse(kept.gram)
+        return self._rows(kept).mT @ _inverse_root(kept.gram, _EPS**2)
 
     def project(self, rank: int) -> Tensor:
         """Nearest matrices of this rank within the subspace, in the input's dtype and shape."""
-        kept, nearest = self._kept(rank), self._product
+        kept, nearest = self._kept(rank), self._product()
         if kept.dropped.shape[-1]:
             right = kept.dropped_rotation.mT @ self._right
             nearest = torch.baddbmm(nearest, kept.dropped, right, alpha=-1)
@@ -114,18 +116,27 @@ class Subspace:
     def polar(self, rank: int) -> Tensor:
         """U_r V_rᵀ over the non-zero ones of the leading directions, in the input's dtype."""
         kept = self._kept(rank)
-        right = self._right if kept.rotation is None else kept.rotation.mT @ self._right
         if self.matrix.is_cuda:
-            polar = newton_schulz(kept.left) @ right
+            polar = newton_schulz(kept.left) @ self._rows(kept)
         else:
             zero = (max(self.matrix.shape[-2:]) * _EPS) ** 2
-            polar = (kept.left @ _inverse_root(kept.gram, zero)) @ right
+            polar = (kept.left @ _inverse_root(kept.gram, zero)) @ self._rows(kept)
         return (polar if self._wide else polar.mT).to(self.matrix.dtype)
 
     def residual(self, rank: int) -> Tensor:
         """‖M − P‖_F² of `project`: [batch], fp64."""
         # the parts are orthogonal to each other
-        return square_sum(self._rest) + square_sum(self._kept(rank).dropped)
+        return square_sum(self._rest()) + square_sum(self._kept(rank).dropped)
+
+    def promising(self, rank: int) -> bool:
+        """Whether `certified` may succeed: a rough look that spares the projection where not."""
+        kept = self._kept(rank)
+        residual = self.total - kept.gram.diagonal(dim1=-2, dim2=-1).double().sum(-1)
+        exact = residual <= 1e-5 * self.total  # too little left to be known as a difference
+        probes = _probes(rank, kept.left)
+        rest = self._oriented.mT @ (kept.left @ probes) - self._rows(kept).mT @ (kept.gram @ probes)
+        coupling = square_sum(rest) / PROBES
+        return bool((exact | self._exceeds(kept.gram, coupling / self._tolerated(residual))).all())
 
     def certified(self, rank: int) -> Tensor:
         """Whether `project` surely keeps the residual's promise: [batch], bool."""
@@ -134,8 +145,7 @@ class Subspace:
         sound &= torch.isfinite(self._gram).all(-1).all(-1)
         exact = residual.sqrt() <= _EPS * self.total.sqrt()
         kept = self._kept(rank)
-        tolerated = (1 - 1 / RESIDUAL_PROMISE**2) * residual
-        gap = self._coupling(kept.left) / tolerated.clamp_min(_TINY)
+        gap = self._coupling(kept.left) / self._tolerated(residual)
         # no eigenvalue beyond the kept ones is above their sum; where that is too rough, estimate
         enough = exact | self._exceeds(kept.gram, residual + gap)
         if not bool(enough.all()):
@@ -144,14 +154,38 @@ class Subspace:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _iterate(self, start: Tensor) -> None:
-        self._right, self._orthonormal = _orthonormal_rows(start.mT @ self._oriented)
+    def _step(self, rows: Tensor) -> None:
+        """Make rows orthonormal and find the best factor for them."""
+        self._right, self._orthonormal = _orthonormal_rows(rows)
         self._left = self._oriented @ self._right.mT
         self._gram = self._left.mT @ self._left
+        self._forget()
+
+    def _forget(self) -> None:
         self._eigen: tuple[Tensor, Tensor] | None = None
         self._cached: tuple[int, _Kept] | None = None
-        self._product = self._left @ self._right
-        self._rest = self._oriented - self._product
+        self._nearest: Tensor | None = None
+        self._remainder: Tensor | None = None
+
+    def _product(self) -> Tensor:
+        """Z V, of all directions."""
+        if self._nearest is None:
+            self._nearest = self._left @ self._right
+        return self._nearest
+
+    def _rest(self) -> Tensor:
+        """D = M - Z V."""
+        if self._remainder is None:
+            self._remainder = self._oriented - self._product()
+        return self._remainder
+
+    def _rows(self, kept: _Kept) -> Tensor:
+        """Right factor of the kept directions, orthonormal."""
+        return self._right if kept.rotation is None else kept.rotation.mT @ self._right
+
+    def _tolerated(self, residual: Tensor) -> Tensor:
+        """Energy that may be missed."""
+        return ((1 - 1 / RESIDUAL_PROMISE**2) * residual).clamp_min(_TINY)
 
     def _eigenpairs(self) -> tuple[Tensor, Tensor]:
         """Of the left factor's Gram matrix, ascending."""
@@ -183,10 +217,11 @@ class Subspace:
     def _largest_beyond(self, kept: _Kept) -> Tensor:
         """Largest eigenvalue of M Mᵀ beyond the kept directions, from above: [batch], fp64."""
         # of the rest, by a block power iteration
-        images = self._rest.mT @ _probes(self._rest.shape[-2], self._rest)
+        rest = self._rest()
+        images = rest.mT @ _probes(rest.shape[-2], rest)
         for _ in range(2):
-            vectors = self._rest @ (images / _column_norms(images))
-            images = self._rest.mT @ (vectors / _column_norms(vectors))
+            vectors = rest @ (images / _column_norms(images))
+            images = rest.mT @ (vectors / _column_norms(vectors))
         largest = SAFETY * _column_norms(images).amax((-2, -1)).double().square()
         if not kept.dropped.shape[-1]:
             return largest
@@ -204,9 +239,9 @@ class Subspace:
     def _coupling(self, left: Tensor) -> Tensor:
         """‖Dᵀ Z‖_F² for the rest D, estimated from above: [batch], fp64."""
         if left.shape[-1] <= PROBES:
-            return square_sum(self._rest.mT @ left)
+            return square_sum(self._rest().mT @ left)
         probes = _probes(left.shape[-1], left)
-        return SAFETY / PROBES * square_sum(self._rest.mT @ (left @ probes))
+        return SAFETY / PROBES * square_sum(self._rest().mT @ (left @ probes))
 
 
 def random_start(matrix: Tensor, size: int, seed: int = 0) -> Tensor:

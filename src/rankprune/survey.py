@@ -64,8 +64,9 @@ class Site:
             NumericsError: the weight holds NaN or infinity.
         """
         assert self.spec is not None
-        check_finite(self.weight, self.name)
-        values = singular_values(scheme.to_matrix(self.spec, self.weight))
+        weight = self.weight
+        check_finite(weight, self.name)
+        values = singular_values(scheme.to_matrix(self.spec, weight))
         return Spectrum(values, scheme.matrix_shape(self.spec))
 
     def unit_flops(self, scheme: Scheme) -> int | None:

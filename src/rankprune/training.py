@@ -32,7 +32,7 @@ from rankprune.planner import Budget, make_plan, rank_rules, realise, round_rank
 from rankprune.profile import ExampleInputs
 from rankprune.ranks import RankRule, Spectrum
 from rankprune.schemes import SCHEMES, Scheme, get_scheme
-from rankprune.sharded import full_tensor, is_sharded, local_part, spread_like
+from rankprune.sharded import full_tensor, is_sharded, local_part, reshard, spread_like
 
 # How often a descending budget is spent anew as the spectra move.
 REPLANS = 8
@@ -107,6 +107,7 @@ class Controller:
         example_inputs: ExampleInputs | None = None,
         process_group: Any = None,
     ) -> None:
+        reshard(model)
         self.team = Team.of(model, process_group)
         self.model = unwrap(model)
         self.options = options
@@ -137,6 +138,7 @@ class Controller:
             NumericsError: a weight holds NaN or infinity; the message names the layer, and no
                 layer has been changed.
         """
+        reshard(self.model)
         self._check_finite()
         for target, done in self._run([self._job(target) for target in self._targets]):
             self._apply(target, done)
@@ -192,9 +194,10 @@ class Controller:
             return self._finished
         self.detach()
         options = self.options
+        reshard(self.model)  # a forward pass may have come since the last step
+        self._check_finite()
         if isinstance(options.rank, Budget) and self._replans < REPLANS and options.descent:
             self._adopt(self._plan_within(options.rank))
-        self._check_finite()
         before = {target.name: local_part(target.weight).clone() for target in self._targets}
         jobs = [self._job(target, final=True) for target in self._targets]
         for target, done in self._run(jobs):
@@ -293,29 +296,34 @@ class Controller:
             layers = self._plan_within(options.rank)  # also where it descends: fail early
             return () if options.descent else layers
         assert options.rank is not None
+        rank = options.rank
         # at the start no rank need pay yet
-        plan = make_plan(
-            self.model,
-            options.rank,
-            scheme=options.scheme,
-            overrides=options.overrides,
-            example_inputs=self.example_inputs,
-            guard=False,
-            multiple_of=options.multiple_of,
+        plan = self.team.agree(
+            lambda: make_plan(
+                self.model,
+                rank,
+                scheme=options.scheme,
+                overrides=options.overrides,
+                example_inputs=self.example_inputs,
+                guard=False,
+                multiple_of=options.multiple_of,
+            )
         )
-        return self.team.agree(plan).factorized
+        return plan.factorized
 
     def _plan_within(self, budget: Budget) -> tuple[LayerPlan, ...]:
         options = self.options
-        plan = make_plan(
-            self.model,
-            budget,
-            scheme=options.scheme,
-            overrides=options.overrides,
-            example_inputs=self.example_inputs,
-            multiple_of=options.multiple_of,
+        plan = self.team.agree(
+            lambda: make_plan(
+                self.model,
+                budget,
+                scheme=options.scheme,
+                overrides=options.overrides,
+                example_inputs=self.example_inputs,
+                multiple_of=options.multiple_of,
+            )
         )
-        return self.team.agree(plan).factorized
+        return plan.factorized
 
     def _adopt(self, layers: tuple[LayerPlan, ...]) -> None:
         starts = {(t.name, t.scheme.name): t.start for t in self._targets}
@@ -361,7 +369,12 @@ class Controller:
         finite = self.team.all_true(torch.stack(flags)).tolist()
         if not all(finite):
             index = finite.index(False)
-            check_finite(full_tensor(weights[index]), self._targets[index].name)
+            name = self._targets[index].name
+            check_finite(full_tensor(weights[index]), name)
+            raise NumericsError(
+                f"layer {name!r}: the weight holds NaN or infinity in another process and not in "
+                "this one; the processes have drifted apart: go back to the last good checkpoint"
+            )
 
     def _job(self, target: _Target, *, final: bool = False) -> Job:
         """The projection of a layer to the rank that is due."""
@@ -397,14 +410,16 @@ class Controller:
         """Carry out one job a target, together with the other processes."""
         team, sharded = self.team, any(is_sharded(t.weight) for t in self._targets)
         for wave in team.waves([job.cost() for job in jobs], sharded=sharded):
-            if sharded and team.size > 1:
-                for index, owner in wave:  # all processes gather every matrix, its owner keeps it
-                    matrices = self._targets[index].matrices()
-                    if owner == team.rank:
-                        jobs[index] = replace(jobs[index], load=_Kept(matrices))
-                del matrices
             own = [index for index, owner in wave if owner == team.rank]
-            done = engine.project([jobs[index] for index in own])
+            todo = [jobs[index] for index in own]
+            if sharded and team.size > 1:
+                for index, _ in wave:  # all processes gather every matrix, its owner keeps it
+                    matrices = self._targets[index].matrices()
+                    if index in own:
+                        todo[own.index(index)] = replace(jobs[index], load=_Kept(matrices))
+                del matrices
+            done = engine.project(todo)
+            del todo  # and what it keeps, as soon as the engine is done
             if team.size == 1:
                 yield from ((self._targets[own[i]], result) for i, result in done)
                 continue

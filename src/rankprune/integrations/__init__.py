@@ -1,0 +1,1 @@
+"""Callbacks that add Trained Rank Pruning to other libraries' trainers."""
