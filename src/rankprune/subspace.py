@@ -61,7 +61,8 @@ class Subspace:
 
     >>> m = torch.diag(torch.tensor([3.0, 2.0, 0.01, 0.01]))[None]
     >>> subspace = Subspace(m, random_start(m, 2))
-    >>> subspace.refine()
+    >>> for _ in range(2):
+    ...     subspace.refine()
     >>> subspace.certified(2).tolist(), [round(v, 3) for v in subspace.values[0].tolist()]
     ([True], [3.0, 2.0])
     """
