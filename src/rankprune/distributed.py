@@ -118,7 +118,7 @@ class Team:
             yield [items[wave] for items in pairs if wave < len(items)]
 
     def share(self, job: Job, owner: int, result: Projected | NumericsError | None) -> Projected:
-        """The owner's result, in every process.
+        """The owner's result, in every process of several.
 
         Args:
             job: what was done; of the same shape, dtype and device everywhere.
@@ -128,11 +128,6 @@ class Team:
         Raises:
             NumericsError: the owner has failed; everywhere.
         """
-        if self.size == 1:
-            if isinstance(result, NumericsError):
-                raise result
-            assert result is not None
-            return result
         shape = (job.shape.batch, job.shape.rows, job.shape.cols)
         header = torch.zeros(3, dtype=torch.float64, device=job.device)
         if isinstance(result, Projected):

@@ -7,7 +7,7 @@
 | SVD | fp64, and what the others cannot promise | svd(n, m) |
 
 Every result keeps the residual's promise of `linalg`: an engine that cannot say so hands over to
-the next one. The choice depends on shapes, ranks and the starts alone, so that a run which is
+the next one. The choice depends on the matrices, ranks and starts alone, so that a run which is
 resumed with its starts takes the same path.
 """
 
@@ -220,8 +220,7 @@ def _certified(job: Job, subspace: Subspace) -> Projected | None:
 def _by_decomposition(
     jobs: Sequence[Job], parts: Sequence[tuple[int, slice]], matrix: Tensor
 ) -> Iterator[tuple[int, Projected]]:
-    # a rule that reads every singular value gets the digits of fp64
-    rough = all(jobs[index].rough for index, _ in parts)
+    rough = jobs[parts[0][0]].rough  # as all of a group are
     whole = Decomposition(matrix, working=torch.float32 if rough else torch.float64)
     for index, part in parts:
         job, decomposition = jobs[index], whole.part(part)

@@ -71,8 +71,8 @@ class _Target:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """Gathered matrices."""
+class _Gathered:
+    """Loads matrices that are here already."""
 
     matrices: Tensor
 
@@ -197,7 +197,7 @@ class Controller:
         reshard(self.model)  # a forward pass may have come since the last step
         self._check_finite()
         if isinstance(options.rank, Budget) and self._replans < REPLANS and options.descent:
-            self._adopt(self._plan_within(options.rank))
+            self._adopt(self._plan_for(options.rank))
         before = {target.name: local_part(target.weight).clone() for target in self._targets}
         jobs = [self._job(target, final=True) for target in self._targets]
         for target, done in self._run(jobs):
@@ -293,11 +293,14 @@ class Controller:
             check_plan(self.model, options.plan.factorized)
             return options.plan.factorized
         if isinstance(options.rank, Budget):
-            layers = self._plan_within(options.rank)  # also where it descends: fail early
+            layers = self._plan_for(options.rank)  # also where it descends: fail early
             return () if options.descent else layers
         assert options.rank is not None
-        rank = options.rank
         # at the start no rank need pay yet
+        return self._plan_for(options.rank, guard=False)
+
+    def _plan_for(self, rank: RankRule | Budget, *, guard: bool = True) -> tuple[LayerPlan, ...]:
+        options = self.options
         plan = self.team.agree(
             lambda: make_plan(
                 self.model,
@@ -305,21 +308,7 @@ class Controller:
                 scheme=options.scheme,
                 overrides=options.overrides,
                 example_inputs=self.example_inputs,
-                guard=False,
-                multiple_of=options.multiple_of,
-            )
-        )
-        return plan.factorized
-
-    def _plan_within(self, budget: Budget) -> tuple[LayerPlan, ...]:
-        options = self.options
-        plan = self.team.agree(
-            lambda: make_plan(
-                self.model,
-                budget,
-                scheme=options.scheme,
-                overrides=options.overrides,
-                example_inputs=self.example_inputs,
+                guard=guard,
                 multiple_of=options.multiple_of,
             )
         )
@@ -357,7 +346,7 @@ class Controller:
             self._replans = reached
             left = (1 - reached / REPLANS) ** 3
             bounds = {name: f + (1 - f) * left for name, f in budget.bounds().items()}
-            self._adopt(self._plan_within(Budget(**bounds)))
+            self._adopt(self._plan_for(Budget(**bounds)))
 
     def _check_finite(self) -> None:
         """Refuse weights that hold NaN or infinity, in one look at all of them."""
@@ -416,7 +405,7 @@ class Controller:
                 for index, _ in wave:  # all processes gather every matrix, its owner keeps it
                     matrices = self._targets[index].matrices()
                     if index in own:
-                        todo[own.index(index)] = replace(jobs[index], load=_Kept(matrices))
+                        todo[own.index(index)] = replace(jobs[index], load=_Gathered(matrices))
                 del matrices
             done = engine.project(todo)
             del todo  # and what it keeps, as soon as the engine is done
