@@ -39,7 +39,7 @@ def _job(matrix: Tensor, rank: int | RankRule | Callable[[Spectrum], int], **opt
     chooses = rank.select if isinstance(rank, RankRule) else rank
     return Job(
         shape=MatrixShape(*matrix.shape),
-        load=lambda: matrix,
+        load=matrix.clone,
         dtype=matrix.dtype,
         device=matrix.device,
         rank=chooses,

@@ -226,7 +226,7 @@ def test_fp32_is_really_used_and_left_where_it_must() -> None:
         for kind, expected in (
             ("linear", [torch.float32]),
             ("flat", [torch.float32]),
-            ("deficient", [torch.float32, torch.float64]),
+            ("ill-conditioned", [torch.float32, torch.float64]),
             ("tiny", [torch.float64]),
         ):
             used.clear()

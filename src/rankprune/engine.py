@@ -13,9 +13,10 @@ resumed with its starts takes the same path.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from rankprune.subspace import Subspace, newton_schulz
 # Matrices of equal shape are stacked up to this many bytes: small ones gain, large ones do not.
 CHUNK_BYTES = 8 * 2**20
 # Steps of the block iteration, of one product each, before another engine takes over.
-STEPS = 5
+STEPS = 8
 # Below this side the Gram matrix is decomposed in less time than the iteration's calls take.
 SMALLEST_SIDE = 96
 
@@ -39,7 +40,7 @@ class Job:
 
     Attributes:
         shape: batch, rows and columns.
-        load: gives the matrices, [batch, rows, cols], finite.
+        load: gives the matrices, [batch, rows, cols], finite; they may be overwritten by the result.
         dtype: their dtype.
         device: their device.
         rank: the rank, or what chooses it by the spectrum.
@@ -162,7 +163,9 @@ def _project_chunk(jobs: Sequence[Job], chunk: list[int]) -> Iterator[tuple[int,
         parts.append((index, slice(offset, offset + jobs[index].shape.batch)))
         offset += jobs[index].shape.batch
     if jobs[chunk[0]].warm:
-        done = _by_iteration(jobs, parts, matrix)
+        starts = [jobs[index].start for index in chunk]
+        start = torch.cat([start for start in starts if start is not None])
+        done = _by_iteration(jobs, parts, Subspace(matrix, start))
         yield from done.items()
         parts = [(index, part) for index, part in parts if index not in done]
     if parts:
@@ -178,43 +181,45 @@ def _full_polar(job: Job) -> Tensor:
 
 
 def _by_iteration(
-    jobs: Sequence[Job], parts: Sequence[tuple[int, slice]], matrix: Tensor
+    jobs: Sequence[Job] | Mapping[int, Job], parts: Sequence[tuple[int, slice]], subspace: Subspace
 ) -> dict[int, Projected]:
     """Results of the jobs for which the block iteration can promise them."""
-    starts = [jobs[index].start for index, _ in parts]
-    subspace = Subspace(matrix, torch.cat([start for start in starts if start is not None]))
     done: dict[int, Projected] = {}
-    for attempt in range(STEPS):
-        if attempt:
-            subspace.refine()
+    missed: dict[int, float] = {}
+    for step in range(1, STEPS + 1):
         for index, part in parts:
-            if index not in done:
-                result = _certified(jobs[index], subspace.part(part))
-                if result is not None:
-                    done[index] = result
-        if len(done) == len(parts):
+            if index in done:
+                continue
+            found = _certified(jobs[index], subspace.part(part))
+            if isinstance(found, Projected):
+                done[index] = found
+                continue
+            # every step gains about as much as the last: will the steps left be enough?
+            gained = found / missed.get(index, math.inf)
+            missed[index] = found if found * gained ** (STEPS - step) < 1 else math.inf
+        if all(index in done or missed[index] == math.inf for index, _ in parts) and step > 1:
             break
+        if step < STEPS:
+            subspace.refine()
     return done
 
 
-def _certified(job: Job, subspace: Subspace) -> Projected | None:
+def _certified(job: Job, subspace: Subspace) -> Projected | float:
+    """The result, or what is missed as a multiple of what may be."""
     rank = job.rank
     if not isinstance(rank, int):
         rank = rank(Spectrum(subspace.values, job.shape, subspace.total))
         if rank >= subspace.size:
-            return None  # more directions might be wanted than the iteration follows
-    if not (subspace.promising(rank) and bool(subspace.certified(rank).all())):
-        return None
+            return math.inf  # more directions might be wanted than the iteration follows
+    if not bool(subspace.certified(rank).all()):
+        return float(subspace.missed(rank).max())
     total = float(subspace.total.sum())
     lost = float(subspace.residual(rank).sum())
     size = min(_start_size(job, rank) or 0, subspace.size)
-    return Projected(
-        nearest=subspace.project(rank),
-        rank=rank,
-        energy=max(0.0, 1 - lost / total) if total else 1.0,
-        polar=subspace.polar(rank) if job.polar else None,
-        start=subspace.start(size).contiguous() if size >= rank else None,
-    )
+    polar = subspace.polar(rank) if job.polar else None
+    start = subspace.start(size).contiguous() if size >= rank else None
+    energy = max(0.0, 1 - lost / total) if total else 1.0
+    return Projected(subspace.project_(rank), rank, energy, polar, start)
 
 
 def _by_decomposition(
@@ -224,11 +229,18 @@ def _by_decomposition(
     whole = Decomposition(matrix, working=torch.float32 if rough else torch.float64)
     for index, part in parts:
         job, decomposition = jobs[index], whole.part(part)
-        rank = job.rank
-        if not isinstance(rank, int):
-            rank = rank(Spectrum(decomposition.values, job.shape))
-        full = rank == job.shape.max_rank
         spectrum = Spectrum(decomposition.values, job.shape)
+        rank = job.rank if isinstance(job.rank, int) else job.rank(spectrum)
+        full = rank == job.shape.max_rank
+        if rough and not full and not decomposition.keeps(rank):
+            # eigenvectors that fp32 has spoilt are still a good start
+            subspace = Subspace(decomposition.matrix, decomposition.start(rank, rough=True))
+            fixed = replace(job, rank=rank)
+            alone = slice(0, job.shape.batch)
+            done = _by_iteration({index: fixed}, [(index, alone)], subspace)
+            if done:
+                yield index, done[index]
+                continue
         size = _start_size(job, rank)
         yield (
             index,

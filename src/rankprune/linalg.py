@@ -7,7 +7,7 @@ takes half of the time and suffices where the discarded part is not small; where
 takes over. Half precision is never computed in half precision.
 
 The contract, for finite input: the residual ‖M − P(M)‖_F of a truncation is at most 1.0001 × the
-optimum for that rank (Eckart–Young), beyond rounding of the result (eps · ‖M‖_F). The Gram engine
+optimum for that rank (Eckart–Young), beyond rounding of the result (4 eps · ‖M‖_F). The Gram engine
 measures its residual, and the exact SVD takes over where it does not keep that.
 """
 
@@ -24,6 +24,8 @@ from torch import Tensor
 from rankprune.errors import LayerError, NumericsError
 
 RESIDUAL_PROMISE = 1.0001
+# ... and, of a result in fp32, of ‖M‖_F
+ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 T = TypeVar("T")
 
@@ -150,12 +152,28 @@ class Decomposition:
         polar = (basis * scale.to(basis.dtype).unsqueeze(-2)) @ rows
         return (polar if self._wide else polar.mT).to(self.matrix.dtype)
 
-    def start(self, rank: int) -> Tensor:
+    def keeps(self, rank: int) -> bool:
+        """Whether the working precision keeps the promise at this rank, or a better one must."""
+        self._check_rank(rank)
+        if self._exact_input:
+            return True
+        if self._cached is None or self._cached[0] != rank:
+            basis, rows = self._basis(rank)
+            if not self._kept_promise(basis, rows, self._eigen[0]):
+                return False
+            self._cached = (rank, basis, rows)
+        return True
+
+    def start(self, rank: int, *, rough: bool = False) -> Tensor:
         """What `Subspace` starts from next time: [..., max_rank, rank], fp32.
 
         The leading singular vectors of the smaller side, each divided by its singular value.
+
+        Args:
+            rank: number of directions.
+            rough: whether those of the working precision will do, whatever they promise.
         """
-        basis, _ = self._leading(rank)
+        basis = self._basis(rank)[0] if rough else self._leading(rank)[0]
         sigma = self.values[..., :rank]
         floor = torch.finfo(torch.float32).eps * self.values[..., :1]
         scale = 1 / torch.maximum(sigma, floor).clamp_min(torch.finfo(torch.float32).tiny)
@@ -197,11 +215,14 @@ class Decomposition:
     # the basis of the rank last asked for: projection, polar factor and start share one
     _cached: tuple[int, Tensor, Tensor] | None = None
 
+    def _basis(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Leading eigenvectors, and basisᵀ·M."""
+        basis = self._eigen[1][..., self.max_rank - rank :].flip(-1)
+        return basis, basis.mT @ self._oriented
+
     def _leading_by_gram(self, rank: int) -> tuple[Tensor, Tensor]:
-        eigenvalues, vectors = self._eigen
-        basis = vectors[..., self.max_rank - rank :].flip(-1)
-        rows = basis.mT @ self._oriented
-        if self._kept_promise(basis, rows, eigenvalues):
+        basis, rows = self._basis(rank)
+        if self._kept_promise(basis, rows, self._eigen[0]):
             return basis, rows
         if self._working == torch.float32:
             # squaring has cost digits that this spectrum needs
@@ -227,7 +248,7 @@ class Decomposition:
         else:
             residual = (square_sum(self._oriented) - square_sum(rows)).clamp_min(0).sqrt()
             optimum = discarded.sqrt()
-        rounding = torch.finfo(torch.float32).eps * self._energy.sqrt()
+        rounding = ROUNDING * self._energy.sqrt()
         return bool((residual <= RESIDUAL_PROMISE * optimum + rounding).all())
 
     def _orient(self, basis: Tensor, sigma: Tensor, rows: Tensor) -> Truncated:

@@ -14,9 +14,11 @@ precision. A Gaussian X makes the first step a randomised range finder (Halko, M
 2011, arXiv 0909.4061).
 
 `certified` bounds how far a residual is from the optimum without knowing it. With T = ZᵀZ, the
-rest D = M − Z V and the coupling B = Dᵀ Z, the energy that the subspace misses is at most
-‖B‖² / (λ_min(T) − ‖D‖₂²) (from [T Bᵀ; B DᵀD] ⪯ diag(T + BᵀB/η, DᵀD + η I), and Ky Fan's theorem).
-A spectrum without a gap at the rank cannot be certified so; other engines take over there.
+rest D = M − Z V, the coupling B = Dᵀ Z and η = ‖D‖₂² below T's smallest eigenvalue, the energy that
+the subspace misses is at most tr(B (T − ηI)⁻¹ Bᵀ) (from [T Bᵀ; B DᵀD] ⪯ diag(T + Bᵀ N⁻¹ B, DᵀD + N)
+for any N ≻ 0, and Ky Fan's theorem). Traces and norms are estimated from above by products with a
+few Gaussian vectors. A spectrum without a gap at the rank cannot be certified so; other engines
+take over there.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rankprune.linalg import RESIDUAL_PROMISE, in_safe_range, square_sum
+from rankprune.linalg import RESIDUAL_PROMISE, ROUNDING, gram_lower, in_safe_range, square_sum
 
 # Gaussian probes for the norms in the certificate, and what their estimates are multiplied by: at
 # rank one, 16 probes underestimate a squared norm by more than 4 less than once in 1,000 times.
 PROBES = 16
 SAFETY = 4.0
+# A residual above this share of the energy is known as a difference of energies.
+SMALL = 1e-5
 
 _EPS = torch.finfo(torch.float32).eps
 _TINY = torch.finfo(torch.float32).tiny
@@ -49,6 +53,12 @@ class _Kept(NamedTuple):
     rotation: Tensor | None  # [batch, k, r]; None where r is k
     dropped: Tensor  # [batch, small, k - r]
     dropped_rotation: Tensor  # [batch, k, k - r]
+
+
+class _Estimates(NamedTuple):
+    missed: Tensor  # see `Subspace.missed`
+    residual: Tensor  # from above
+    images: Tensor  # Dᵀ · a few Gaussian vectors
 
 
 class Subspace:
@@ -72,13 +82,14 @@ class Subspace:
         self.total = square_sum(matrix)
         self._wide = matrix.shape[-2] <= matrix.shape[-1]
         self._oriented = (matrix if self._wide else matrix.mT).float()
-        self._step(start.mT @ self._oriented)
+        rows = start.mT @ self._oriented
+        self._step(rows, gram_lower(rows))
 
     def refine(self) -> None:
         """One more step, towards the other side."""
         rows = self._left.mT
         self._wide, self._oriented = not self._wide, self._oriented.mT
-        self._step(rows)
+        self._step(rows, self._gram)
 
     def part(self, matrices: slice) -> Subspace:
         """The same for some matrices of the batch, as it is now; nothing is computed again."""
@@ -103,16 +114,23 @@ class Subspace:
         """What to start from next time, for the leading r directions or all: [batch, small, r]."""
         kept = self._kept(self.size if rank is None else rank)
         if self._left.shape[-2] == min(self.matrix.shape[-2:]):
-            return kept.left @ _shifted_inverse(kept.gram)
-        return self._rows(kept).mT @ _inverse_root(kept.gram, _EPS**2)
+            return kept.left @ torch.cholesky_inverse(_shifted_cholesky(kept.gram))
+        # L⁻ᵀ for T = L Lᵀ makes the left factor orthonormal
+        rows, lower = self._rows(kept), _shifted_cholesky(kept.gram)
+        return torch.linalg.solve_triangular(lower, rows, upper=False).mT
 
-    def project(self, rank: int) -> Tensor:
-        """Nearest matrices of this rank within the subspace, in the input's dtype and shape."""
-        kept, nearest = self._kept(rank), self._product()
-        if kept.dropped.shape[-1]:
-            right = kept.dropped_rotation.mT @ self._right
-            nearest = torch.baddbmm(nearest, kept.dropped, right, alpha=-1)
-        return (nearest if self._wide else nearest.mT).to(self.matrix.dtype)
+    def project_(self, rank: int) -> Tensor:
+        """Nearest matrices of this rank within the subspace, in the place of the input's.
+
+        Nothing else can be asked for afterwards.
+        """
+        kept = self._kept(rank)
+        left, right = kept.left, self._rows(kept)
+        if not self._wide:
+            left, right = right.mT, left.mT
+        if self.matrix.dtype == left.dtype and self.matrix.is_contiguous():
+            return torch.bmm(left, right, out=self.matrix)
+        return self.matrix.copy_(left @ right)
 
     def polar(self, rank: int) -> Tensor:
         """U_r V_rᵀ over the non-zero ones of the leading directions, in the input's dtype."""
@@ -125,39 +143,40 @@ class Subspace:
         return (polar if self._wide else polar.mT).to(self.matrix.dtype)
 
     def residual(self, rank: int) -> Tensor:
-        """‖M − P‖_F² of `project`: [batch], fp64."""
-        # the parts are orthogonal to each other
-        return square_sum(self._rest()) + square_sum(self._kept(rank).dropped)
-
-    def promising(self, rank: int) -> bool:
-        """Whether `certified` may succeed: a rough look that spares the projection where not."""
+        """‖M − P‖_F² of `project_`, but for rounding of ‖M‖_F²: [batch], fp64."""
         kept = self._kept(rank)
-        residual = self.total - kept.gram.diagonal(dim1=-2, dim2=-1).double().sum(-1)
-        exact = residual <= 1e-5 * self.total  # too little left to be known as a difference
-        probes = _probes(rank, kept.left)
-        rest = self._oriented.mT @ (kept.left @ probes) - self._rows(kept).mT @ (kept.gram @ probes)
-        coupling = square_sum(rest) / PROBES
-        return bool((exact | self._exceeds(kept.gram, coupling / self._tolerated(residual))).all())
+        energy = self._gram.diagonal(dim1=-2, dim2=-1).double().sum(-1)
+        # the parts are orthogonal to each other
+        return (self.total - energy).clamp_min(0) + square_sum(kept.dropped)
+
+    def missed(self, rank: int) -> Tensor:
+        """Energy that `project` may miss, by what it is allowed to: [batch], fp64, from above.
+
+        Where it is above one another step is needed, which lessens it by about the gap squared.
+        """
+        return self._estimates(rank).missed
 
     def certified(self, rank: int) -> Tensor:
         """Whether `project` surely keeps the residual's promise: [batch], bool."""
-        residual = self.residual(rank)
+        estimates = self._estimates(rank)
+        residual, missed = estimates.residual, estimates.missed
         sound = self._orthonormal & torch.isfinite(residual) & in_safe_range(self.total)
         sound &= torch.isfinite(self._gram).all(-1).all(-1)
-        exact = residual.sqrt() <= _EPS * self.total.sqrt()
-        kept = self._kept(rank)
-        gap = self._coupling(kept.left) / self._tolerated(residual)
+        exact = residual.sqrt() <= ROUNDING * self.total.sqrt()
+        near = missed < 1
+        # (T - ηI)⁻¹ ⪯ c / (c - 1) · T⁻¹ where T ⪰ c η
+        margin = 1 / (1 - missed.clamp(0, 0.99))
         # no eigenvalue beyond the kept ones is above their sum; where that is too rough, estimate
-        enough = exact | self._exceeds(kept.gram, residual + gap)
-        if not bool(enough.all()):
-            enough = enough | self._exceeds(kept.gram, self._largest_beyond(kept) + gap)
+        enough = exact | (near & self._exceeds(rank, margin * residual))
+        if not bool((enough | ~near).all()):
+            enough |= near & self._exceeds(rank, margin * self._largest_beyond(rank))
         return sound & enough
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _step(self, rows: Tensor) -> None:
-        """Make rows orthonormal and find the best factor for them."""
-        self._right, self._orthonormal = _orthonormal_rows(rows)
+    def _step(self, rows: Tensor, gram: Tensor) -> None:
+        """Make rows orthonormal, by their Gram matrix, and find the best factor for them."""
+        self._right, self._orthonormal = _orthonormal_rows(rows, gram)
         self._left = self._oriented @ self._right.mT
         self._gram = self._left.mT @ self._left
         self._forget()
@@ -165,28 +184,20 @@ class Subspace:
     def _forget(self) -> None:
         self._eigen: tuple[Tensor, Tensor] | None = None
         self._cached: tuple[int, _Kept] | None = None
-        self._nearest: Tensor | None = None
-        self._remainder: Tensor | None = None
+        self._estimated: tuple[int, _Estimates] | None = None
 
-    def _product(self) -> Tensor:
-        """Z V, of all directions."""
-        if self._nearest is None:
-            self._nearest = self._left @ self._right
-        return self._nearest
+    def _rest_on(self, rows: Tensor) -> Tensor:
+        """D · rows, for D = M - Z V, which itself is never formed."""
+        return torch.baddbmm(self._oriented @ rows, self._left, self._right @ rows, alpha=-1)
 
-    def _rest(self) -> Tensor:
-        """D = M - Z V."""
-        if self._remainder is None:
-            self._remainder = self._oriented - self._product()
-        return self._remainder
+    def _rest_under(self, columns: Tensor) -> Tensor:
+        """Dᵀ · columns."""
+        inner = self._left.mT @ columns
+        return torch.baddbmm(self._oriented.mT @ columns, self._right.mT, inner, alpha=-1)
 
     def _rows(self, kept: _Kept) -> Tensor:
         """Right factor of the kept directions, orthonormal."""
         return self._right if kept.rotation is None else kept.rotation.mT @ self._right
-
-    def _tolerated(self, residual: Tensor) -> Tensor:
-        """Energy that may be missed."""
-        return ((1 - 1 / RESIDUAL_PROMISE**2) * residual).clamp_min(_TINY)
 
     def _eigenpairs(self) -> tuple[Tensor, Tensor]:
         """Of the left factor's Gram matrix, ascending."""
@@ -215,34 +226,58 @@ class Subspace:
             vectors[..., : size - rank],
         )
 
-    def _largest_beyond(self, kept: _Kept) -> Tensor:
+    def _estimates(self, rank: int) -> _Estimates:
+        if self._estimated is None or self._estimated[0] != rank:
+            self._estimated = (rank, self._estimate(rank))
+        return self._estimated[1]
+
+    def _estimate(self, rank: int) -> _Estimates:
+        kept = self._kept(rank)
+        lower, failed = torch.linalg.cholesky_ex(torch.nan_to_num(kept.gram))
+        # tr(B T⁻¹ Bᵀ) = ‖Dᵀ Z L⁻ᵀ‖_F² for T = L Lᵀ
+        exactly = rank <= PROBES
+        probes = torch.eye(rank).to(kept.left) if exactly else _probes(rank, kept.left)
+        whitened = torch.linalg.solve_triangular(lower.mT, probes, upper=True)
+        sketch = _probes(kept.left.shape[-2], kept.left).expand(len(lower), -1, -1)
+        # in one product, which has to read the whole matrix
+        images = self._rest_under(torch.cat([kept.left @ whitened, sketch], -1))
+        coupling, images = images.split([probes.shape[-1], PROBES], -1)
+        missed = square_sum(coupling) * (1.0 if exactly else SAFETY / PROBES)
+        residual = self.residual(rank)
+        sketched = square_sum(images) / PROBES + square_sum(kept.dropped)
+        known = residual > SMALL * self.total
+        least = torch.where(known, residual, sketched / SAFETY)
+        most = torch.where(known, residual, sketched * SAFETY)
+        missed = missed / ((1 - 1 / RESIDUAL_PROMISE**2) * least).clamp_min(_TINY)
+        missed = torch.nan_to_num(missed, nan=torch.inf).where(failed == 0, torch.inf)
+        return _Estimates(missed, most, images)
+
+    def _largest_beyond(self, rank: int) -> Tensor:
         """Largest eigenvalue of M Mᵀ beyond the kept directions, from above: [batch], fp64."""
+        kept, images = self._kept(rank), self._estimates(rank).images
         # of the rest, by a block power iteration
-        rest = self._rest()
-        images = rest.mT @ _probes(rest.shape[-2], rest)
         for _ in range(2):
-            vectors = rest @ (images / _column_norms(images))
-            images = rest.mT @ (vectors / _column_norms(vectors))
+            vectors = self._rest_on(images / _column_norms(images))
+            images = self._rest_under(vectors / _column_norms(vectors))
         largest = SAFETY * _column_norms(images).amax((-2, -1)).double().square()
         if not kept.dropped.shape[-1]:
             return largest
         # of the dropped directions, and of what couples them to the rest
         dropped = _column_norms(kept.dropped).amax((-2, -1)).double().square()
-        return torch.maximum(largest, dropped) + self._coupling(kept.dropped).sqrt()
+        coupling = square_sum(self._rest_under(kept.dropped)).sqrt()
+        return torch.maximum(largest, dropped) + coupling
 
-    def _exceeds(self, gram: Tensor, threshold: Tensor) -> Tensor:
-        """Whether every eigenvalue is above a threshold: [batch], bool."""
+    def _exceeds(self, rank: int, threshold: Tensor) -> Tensor:
+        """Whether every eigenvalue of the kept directions is above a threshold: [batch], bool."""
+        gram = self._kept(rank).gram
+        if rank < self.size:
+            # the directions were turned, which is exact up to rounding
+            energy = self._gram.diagonal(dim1=-2, dim2=-1).double().sum(-1)
+            threshold = threshold + 4 * self.size * _EPS * energy
         bound = torch.nan_to_num(threshold.float()).unsqueeze(-1)
-        shift = torch.diag_embed(bound.expand(*bound.shape[:-1], gram.shape[-1]))
-        _, failed = torch.linalg.cholesky_ex(gram - shift)
+        shift = torch.diag_embed(bound.expand(*bound.shape[:-1], rank))
+        _, failed = torch.linalg.cholesky_ex(torch.nan_to_num(gram) - shift)
         return torch.isfinite(threshold) & (failed == 0)
-
-    def _coupling(self, left: Tensor) -> Tensor:
-        """‖Dᵀ Z‖_F² for the rest D, estimated from above: [batch], fp64."""
-        if left.shape[-1] <= PROBES:
-            return square_sum(self._rest().mT @ left)
-        probes = _probes(left.shape[-1], left)
-        return SAFETY / PROBES * square_sum(self._rest().mT @ (left @ probes))
 
 
 def random_start(matrix: Tensor, size: int, seed: int = 0) -> Tensor:
@@ -288,9 +323,11 @@ def newton_schulz(matrix: Tensor, tolerance: float = 1e-6, most: int = 60) -> Te
     return x if tall else x.mT
 
 
-def _orthonormal_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal basis of the rows, [batch, k, large], and whether that worked, [batch]."""
-    gram = matrix @ matrix.mT
+def _orthonormal_rows(matrix: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal basis of the rows, [batch, k, large], and whether that worked, [batch].
+
+    `gram` is matrix · matrixᵀ, of which the lower triangle is read.
+    """
     lower, failed = torch.linalg.cholesky_ex(gram)
     diagonal = lower.diagonal(dim1=-2, dim2=-1)
     # Cholesky QR loses the square of the condition; Householder QR does not
@@ -304,12 +341,11 @@ def _orthonormal_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return basis, finite
 
 
-def _shifted_inverse(gram: Tensor) -> Tensor:
-    """Inverse of a positive matrix; directions without energy would make it infinite."""
+def _shifted_cholesky(gram: Tensor) -> Tensor:
+    """L of a positive matrix; directions without energy would make its inverse infinite."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     shift = (_EPS * diagonal.sum(-1, keepdim=True)).clamp_min(_TINY)
-    lower, _ = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift.expand_as(diagonal)))
-    return torch.cholesky_inverse(lower)
+    return torch.linalg.cholesky_ex(gram + torch.diag_embed(shift.expand_as(diagonal)))[0]
 
 
 def _inverse_root(gram: Tensor, zero: float) -> Tensor:

@@ -354,8 +354,13 @@ class Controller:
             return
         device = self._targets[0].weight.device
         weights = [target.weight.detach() for target in self._targets]
-        flags = [torch.isfinite(local_part(weight)).all().to(device) for weight in weights]
-        finite = self.team.all_true(torch.stack(flags)).tolist()
+        # a norm is finite only where everything is, and needs no memory
+        norms = [torch.linalg.vector_norm(local_part(w)).float().to(device) for w in weights]
+        flags = torch.isfinite(torch.stack(norms))
+        if not bool(flags.all()):  # a norm overflows before its weight does
+            exact = [torch.isfinite(local_part(weight)).all() for weight in weights]
+            flags = torch.stack([flag.to(device) for flag in exact])
+        finite = self.team.all_true(flags).tolist()
         if not all(finite):
             index = finite.index(False)
             name = self._targets[index].name
@@ -423,7 +428,10 @@ class Controller:
 
     def _apply(self, target: _Target, done: Projected) -> None:
         if done.nearest is not None:
-            target.weight.copy_(target.spread(done.nearest))
+            nearest = target.spread(done.nearest)
+            # the engine works in the place of matrices that are views of the weight
+            if is_sharded(nearest) or nearest.data_ptr() != target.weight.data_ptr():
+                target.weight.copy_(nearest)
         target.rank, target.energy, target.start = done.rank, done.energy, done.start
         target.polar = None if done.polar is None else target.spread(done.polar)
 
