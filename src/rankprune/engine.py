@@ -2,7 +2,7 @@
 
 | engine | takes | cost of an n × m matrix, n ≤ m, to rank r |
 |---|---|---|
-| block iteration | where a start is at hand from the last time | 6 n m r |
+| block iteration | where a start is at hand from the last time | 6 n m r, 2 n m r a further step |
 | Gram, fp32, then fp64 | everything else in fp32 or less | n² m + eigh(n) + 4 n m r |
 | SVD | fp64, and what the others cannot promise | svd(n, m) |
 
@@ -40,7 +40,7 @@ class Job:
 
     Attributes:
         shape: batch, rows and columns.
-        load: gives the matrices, [batch, rows, cols], finite; they may be overwritten by the result.
+        load: gives the matrices, [batch, rows, cols], finite; the result may take their place.
         dtype: their dtype.
         device: their device.
         rank: the rank, or what chooses it by the spectrum.
@@ -226,13 +226,14 @@ def _by_decomposition(
     jobs: Sequence[Job], parts: Sequence[tuple[int, slice]], matrix: Tensor
 ) -> Iterator[tuple[int, Projected]]:
     rough = jobs[parts[0][0]].rough  # as all of a group are
-    whole = Decomposition(matrix, working=torch.float32 if rough else torch.float64)
+    small = min(matrix.shape[-2:]) < SMALLEST_SIDE  # where fp64 takes no longer
+    whole = Decomposition(matrix, working=torch.float32 if rough and not small else torch.float64)
     for index, part in parts:
         job, decomposition = jobs[index], whole.part(part)
         spectrum = Spectrum(decomposition.values, job.shape)
         rank = job.rank if isinstance(job.rank, int) else job.rank(spectrum)
         full = rank == job.shape.max_rank
-        if rough and not full and not decomposition.keeps(rank):
+        if rough and not small and not full and not decomposition.keeps(rank):
             # eigenvectors that fp32 has spoilt are still a good start
             subspace = Subspace(decomposition.matrix, decomposition.start(rank, rough=True))
             fixed = replace(job, rank=rank)

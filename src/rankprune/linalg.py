@@ -240,9 +240,12 @@ class Decomposition:
             return False  # nothing is discarded, so every digit counts
         discarded = eigenvalues[..., : self.max_rank - rank].double().clamp_min(0).sum(-1)
         if self._working == torch.float32:
-            # measured directly, for a difference of squares has no digits to spare; eigh is
-            # backward stable, so an eigenvalue is wrong by a few eps of the largest
-            residual = square_sum(self._oriented - basis @ rows).sqrt()
+            squares = self._energy - square_sum(rows)
+            if not bool((squares > 0.01 * self._energy).all()):
+                # the difference has no digits to spare
+                squares = square_sum(self._oriented - basis @ rows)
+            residual = squares.sqrt()
+            # eigh is backward stable: an eigenvalue is wrong by a few eps of the largest
             noise = self.max_rank * torch.finfo(torch.float32).eps * eigenvalues[..., -1].double()
             optimum = (discarded - noise).clamp_min(0).sqrt()
         else:

@@ -23,6 +23,7 @@ take over there.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -178,7 +179,7 @@ class Subspace:
         """Make rows orthonormal, by their Gram matrix, and find the best factor for them."""
         self._right, self._orthonormal = _orthonormal_rows(rows, gram)
         self._left = self._oriented @ self._right.mT
-        self._gram = self._left.mT @ self._left
+        self._gram = gram_lower(self._left.mT)
         self._forget()
 
     def _forget(self) -> None:
@@ -358,8 +359,12 @@ def _inverse_root(gram: Tensor, zero: float) -> Tensor:
 
 def _probes(rows: int, like: Tensor) -> Tensor:
     """Gaussian vectors, always the same: [rows, PROBES]."""
-    generator = torch.Generator().manual_seed(rows)
-    return torch.randn(rows, PROBES, generator=generator).to(like)
+    return _gaussian(rows).to(like)
+
+
+@lru_cache(maxsize=64)
+def _gaussian(rows: int) -> Tensor:
+    return torch.randn(rows, PROBES, generator=torch.Generator().manual_seed(rows))
 
 
 def _column_norms(matrix: Tensor) -> Tensor:

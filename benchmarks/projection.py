@@ -1,0 +1,197 @@
+"""Projecting all layers of a network: one `torch.linalg.svd` a layer against rankprune.
+
+Cold is the first projection of random weights, whose spectra are flat. Steady is a projection that
+starts from the last one's subspaces, after the training has moved the weights in between.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _harness import alternate, arguments, finish, peak_memory, ratios, say, spread
+from _networks import NETWORKS, Network, Training
+from torch import Tensor
+
+import rankprune as rp
+from rankprune.engine import Job
+from rankprune.engine import project as run_jobs
+from rankprune.linalg import Decomposition
+from rankprune.schemes import SCHEMES, Scheme
+
+RATIO = 0.25
+EVERY = 20  # optimizer steps between projections
+QUICK = ("resnet20", "resnet18", "resnet50")
+
+
+class Projection:
+    """One network's projections to a quarter of the rank, in the two ways."""
+
+    def __init__(self, training: Training, scheme: str) -> None:
+        self.training = training
+        rule = rp.Ratio(RATIO)
+        options = rp.TRP(rank=rule, scheme=scheme, guard=False, every=EVERY)
+        self.controller = rp.Controller(training.model, options)
+        self.plan = rp.make_plan(training.model, rule, scheme=scheme, guard=False)
+        self.keep()
+
+    def train(self, periods: int) -> None:
+        """Projections and the steps after them, as in `attach`."""
+        for _ in range(periods):
+            self.controller.project()
+            for _ in range(EVERY):
+                self.training.step()
+                self.controller.after_step()
+        self.keep()
+
+    def keep(self) -> None:
+        """Remember the weights and the controller's state, for `restore`."""
+        self.state = self.controller.state_dict()
+        self.weights = {name: w.detach().clone() for name, w in self._weights().items()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, weight in self._weights().items():
+            weight.copy_(self.weights[name])
+        self.controller.load_state_dict(self.state)
+
+    @torch.no_grad()
+    def by_svd(self) -> None:
+        """The plain way."""
+        for name, scheme, spec, rank in self._layers():
+            matrices = scheme.to_matrix(spec, self._weights()[name])
+            u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+            nearest = (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
+            self._weights()[name].copy_(scheme.from_matrix(spec, nearest))
+
+    @torch.no_grad()
+    def by_gram(self) -> None:
+        """Eigenvectors of the Gram matrix in fp64, layer by layer."""
+        for name, scheme, spec, rank in self._layers():
+            matrices = scheme.to_matrix(spec, self._weights()[name])
+            nearest = Decomposition(matrices).project(rank)
+            self._weights()[name].copy_(scheme.from_matrix(spec, nearest))
+
+    @torch.no_grad()
+    def without_starts(self) -> None:
+        """rankprune, as if for the first time."""
+        jobs, layers = [], self._layers()
+        for name, scheme, spec, rank in layers:
+            matrices = scheme.to_matrix(spec, self._weights()[name])
+            shape = scheme.matrix_shape(spec)
+            load = _given(matrices)
+            jobs.append(
+                Job(shape=shape, load=load, dtype=matrices.dtype, device=matrices.device, rank=rank)
+            )
+        for index, done in run_jobs(jobs):
+            name, scheme, spec, _ = layers[index]
+            if done.nearest is not None:
+                self._weights()[name].copy_(scheme.from_matrix(spec, done.nearest))
+
+    @torch.no_grad()
+    def residual_ratios(self) -> list[float]:
+        """‖M − P‖ of the weights as they are by the optimum, in fp64, where it is not rounding."""
+        found = []
+        for name, scheme, spec, rank in self._layers():
+            before = scheme.to_matrix(spec, self.weights[name]).double()
+            after = scheme.to_matrix(spec, self._weights()[name]).double()
+            optimum = torch.linalg.svdvals(before)[..., rank:].square().sum(-1).sqrt()
+            residual = torch.linalg.matrix_norm(before - after)
+            known = optimum > 1e-5 * torch.linalg.matrix_norm(before)
+            found += (residual / optimum)[known].tolist()
+        return found
+
+    def _weights(self) -> dict[str, Tensor]:
+        modules = dict(self.training.model.named_modules())
+        return {layer.name: modules[layer.name].weight for layer in self.plan.factorized}
+
+    def _layers(self) -> list[tuple[str, Scheme, Any, int]]:
+        return [
+            (layer.name, SCHEMES[str(layer.scheme)], layer.spec, int(layer.rank or 0))
+            for layer in self.plan.factorized
+        ]
+
+
+def _given(matrices: Tensor) -> Callable[[], Tensor]:
+    return lambda: matrices
+
+
+def measure(network: Network, scheme: str, options: argparse.Namespace) -> dict[str, Any]:
+    size = network.size
+    if len(size) == 3 and size[-1] == 224 and scheme != "linear":
+        size = (3, 64, 64)  # the weights are the same, the steps cheaper
+    training = Training(
+        network, batch=min(network.batch, 16), size=size, learning_rate=options.learning_rate
+    )
+    projection = Projection(training, scheme)
+    result: dict[str, Any] = {"layers": len(projection.plan.factorized)}
+    repeats = 1 if options.quick else options.repeats
+    for phase in ("cold", "steady"):
+        if phase == "steady":
+            projection.train(2 if options.quick else options.periods)
+        variants = {"svd": projection.by_svd, "rankprune": projection.controller.project}
+        if not options.quick:
+            variants["gram_fp64"] = projection.by_gram
+            if phase == "steady":
+                variants["rankprune_without_starts"] = projection.without_starts
+        for call in (projection.controller.project, *variants.values())[
+            : 1 if options.quick else 2
+        ]:
+            projection.restore()
+            call()  # the first call of anything is slower
+        seconds = alternate(variants, repeats, projection.restore)
+        projection.restore()
+        entry: dict[str, Any] = {
+            "seconds": {name: spread(values) for name, values in seconds.items()},
+            "speedup": ratios(seconds["svd"], seconds["rankprune"]),
+        }
+        if not options.quick:
+            entry["peak_bytes"] = {}
+            for name, call in variants.items():
+                projection.restore()
+                entry["peak_bytes"][name] = peak_memory(call)
+        projection.restore()
+        projection.controller.project()
+        if not options.quick or phase == "steady":
+            entry["residual_ratio_max"] = max(projection.residual_ratios(), default=1.0)
+        result[phase] = entry
+        say(options, f"  {scheme:8} {phase:6} {entry['speedup']['median']:6.1f} x svd")
+        projection.restore()
+    return result
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--networks", nargs="*", choices=NETWORKS)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--periods", type=int, default=5, help="projections before the steady one")
+    parser.add_argument("--learning-rate", type=float, help="instead of the network's own")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    found: dict[str, Any] = {}
+    for name in options.networks or (QUICK if options.quick else NETWORKS):
+        say(options, name)
+        network = NETWORKS[name]
+        schemes = network.schemes[:1] if options.quick else network.schemes
+        by_scheme = {scheme: measure(network, scheme, options) for scheme in schemes}
+        first = by_scheme[schemes[0]]
+        found[name] = {
+            "scheme": schemes[0],
+            "speedup_vs_svd": first["steady"]["speedup"]["median"],
+            "speedup_cold": first["cold"]["speedup"]["median"],
+            "residual_ratio_max": max(
+                phase["residual_ratio_max"]
+                for entry in by_scheme.values()
+                for phase in (entry["cold"], entry["steady"])
+                if "residual_ratio_max" in phase
+            ),
+            "schemes": by_scheme,
+        }
+    settings = {"ratio": RATIO, "every": EVERY, "learning_rate": options.learning_rate}
+    finish("projection", {"settings": settings, "networks": found}, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Whole training steps: plain, with TRP, and with the authors' algorithm as published.
+
+Authors' (algorithm 1 of arXiv 1910.04576): a full SVD of every layer, one by one, at every step;
+the truncated weight replaces the layer's, U Vᵀ is added to its gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _harness import arguments, finish, ratios, say, spread
+from _networks import NETWORKS, Network, Training
+
+import rankprune as rp
+from rankprune.schemes import SCHEMES
+
+NUCLEAR = 3e-4
+RATIO = 0.25
+SCHEME = "channel"
+
+
+def _with_trp(training: Training, every: int) -> Callable[[], None]:
+    options = rp.TRP(rank=rp.Ratio(RATIO), scheme=SCHEME, guard=False, every=every, nuclear=NUCLEAR)
+    rp.attach(training.model, training.optimizer, options)
+    return training.step
+
+
+def _authors(training: Training) -> Callable[[], None]:
+    plan = rp.make_plan(training.model, rp.Ratio(RATIO), scheme=SCHEME, guard=False)
+    modules = dict(training.model.named_modules())
+    layers = [
+        (modules[x.name].weight, SCHEMES[str(x.scheme)], x.spec, x.rank) for x in plan.factorized
+    ]
+    polars: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def truncate() -> None:
+        polars.clear()
+        for weight, scheme, spec, rank in layers:
+            u, s, vh = torch.linalg.svd(scheme.to_matrix(spec, weight), full_matrices=False)
+            u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
+            weight.copy_(scheme.from_matrix(spec, (u * s[..., None, :]) @ vh))
+            polars.append(scheme.from_matrix(spec, u @ vh))
+
+    @torch.no_grad()
+    def regularise(*_: Any) -> None:
+        for (weight, *_rest), polar in zip(layers, polars, strict=True):
+            weight.grad.add_(polar, alpha=NUCLEAR)
+
+    training.optimizer.register_step_pre_hook(regularise)
+
+    def step() -> None:
+        truncate()
+        training.step()
+
+    return step
+
+
+def measure(network: Network, options: argparse.Namespace) -> dict[str, Any]:
+    def fresh() -> Training:
+        batch = network.batch if not options.quick else min(network.batch, 128)
+        return Training(network, batch=batch)
+
+    steps = {
+        "plain": fresh().step,
+        "m20": _with_trp(fresh(), 20),
+        "m1": _with_trp(fresh(), 1),
+        "authors": _authors(fresh()),
+    }
+    # one block is a period of m = 20, so that each holds one of its projections
+    blocks = 1 if options.quick else options.blocks
+    warm_up = 1 if options.quick else 20
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for name, step in steps.items():
+        for _ in range(20 if name.startswith("m") and not options.quick else warm_up):
+            step()
+    for _ in range(blocks):
+        block = dict.fromkeys(steps, 0.0)
+        for _ in range(20):
+            for name, step in steps.items():
+                begin = time.perf_counter()
+                step()
+                block[name] += time.perf_counter() - begin
+        for name, total in block.items():
+            seconds[name].append(total / 20)
+    return {
+        "seconds_a_step": {name: spread(values) for name, values in seconds.items()},
+        **{name: ratios(seconds[name], seconds["plain"]) for name in steps if name != "plain"},
+    }
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--networks", nargs="*", choices=NETWORKS)
+    parser.add_argument("--blocks", type=int, default=5, help="of 20 steps each")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    found: dict[str, Any] = {}
+    names = ("resnet20",) if options.quick else ("resnet20", "resnet18")
+    for name in options.networks or names:
+        entry = measure(NETWORKS[name], options)
+        found[name] = {k: entry[k]["median"] for k in ("m20", "m1", "authors")} | {"spread": entry}
+        say(options, f"{name}: " + ", ".join(f"{k} {found[name][k]:.3f}" for k in list(entry)[1:]))
+    settings = {"ratio": RATIO, "nuclear": NUCLEAR, "scheme": SCHEME}
+    finish("training_overhead", {"settings": settings, **found}, options)
+
+
+if __name__ == "__main__":
+    main()
