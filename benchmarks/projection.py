@@ -97,7 +97,11 @@ class Projection:
         for name, scheme, spec, rank in self._layers():
             before = scheme.to_matrix(spec, self.weights[name]).double()
             after = scheme.to_matrix(spec, self._weights()[name]).double()
-            optimum = torch.linalg.svdvals(before)[..., rank:].square().sum(-1).sqrt()
+            gram = (
+                before @ before.mT if before.shape[-2] <= before.shape[-1] else before.mT @ before
+            )
+            squares = torch.linalg.eigvalsh(gram).flip(-1)  # fp64: ample for what counts below
+            optimum = squares[..., rank:].clamp_min(0).sum(-1).sqrt()
             residual = torch.linalg.matrix_norm(before - after)
             known = optimum > 1e-5 * torch.linalg.matrix_norm(before)
             found += (residual / optimum)[known].tolist()
@@ -127,31 +131,27 @@ def measure(network: Network, scheme: str, options: argparse.Namespace) -> dict[
     )
     projection = Projection(training, scheme)
     result: dict[str, Any] = {"layers": len(projection.plan.factorized)}
-    repeats = 1 if options.quick else options.repeats
+    weights = sum(weight.numel() for weight in projection.weights.values())
+    once = options.quick or weights > 1e8  # where svd takes minutes
     for phase in ("cold", "steady"):
         if phase == "steady":
-            projection.train(2 if options.quick else options.periods)
+            projection.train(2 if once else options.periods)
         variants = {"svd": projection.by_svd, "rankprune": projection.controller.project}
-        if not options.quick:
+        if not once:
             variants["gram_fp64"] = projection.by_gram
             if phase == "steady":
                 variants["rankprune_without_starts"] = projection.without_starts
-        for call in (projection.controller.project, *variants.values())[
-            : 1 if options.quick else 2
-        ]:
-            projection.restore()
-            call()  # the first call of anything is slower
-        seconds = alternate(variants, repeats, projection.restore)
-        projection.restore()
+        projection.controller.project()  # the first call of anything is slower
+        seconds = alternate(variants, 1 if once else options.repeats, projection.restore)
         entry: dict[str, Any] = {
             "seconds": {name: spread(values) for name, values in seconds.items()},
             "speedup": ratios(seconds["svd"], seconds["rankprune"]),
         }
         if not options.quick:
             entry["peak_bytes"] = {}
-            for name, call in variants.items():
+            for name in ("rankprune",) if once else variants:
                 projection.restore()
-                entry["peak_bytes"][name] = peak_memory(call)
+                entry["peak_bytes"][name] = peak_memory(variants[name])
         projection.restore()
         projection.controller.project()
         if not options.quick or phase == "steady":
@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, help="instead of the network's own")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    settings = {"ratio": RATIO, "every": EVERY, "learning_rate": options.learning_rate}
     found: dict[str, Any] = {}
     for name in options.networks or (QUICK if options.quick else NETWORKS):
         say(options, name)
@@ -189,8 +190,11 @@ def main() -> None:
             ),
             "schemes": by_scheme,
         }
-    settings = {"ratio": RATIO, "every": EVERY, "learning_rate": options.learning_rate}
-    finish("projection", {"settings": settings, "networks": found}, options)
+        if options.save:
+            alone = {"settings": settings, "networks": {name: found[name]}}
+            finish(f"projection-{name}", alone, options)
+    if not options.save:
+        finish("projection", {"settings": settings, "networks": found}, options)
 
 
 if __name__ == "__main__":

@@ -62,8 +62,7 @@ def _authors(training: Training) -> Callable[[], None]:
 
 def measure(network: Network, options: argparse.Namespace) -> dict[str, Any]:
     def fresh() -> Training:
-        batch = network.batch if not options.quick else min(network.batch, 128)
-        return Training(network, batch=batch)
+        return Training(network)
 
     steps = {
         "plain": fresh().step,
@@ -73,10 +72,9 @@ def measure(network: Network, options: argparse.Namespace) -> dict[str, Any]:
     }
     # one block is a period of m = 20, so that each holds one of its projections
     blocks = 1 if options.quick else options.blocks
-    warm_up = 1 if options.quick else 20
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for name, step in steps.items():
-        for _ in range(20 if name.startswith("m") and not options.quick else warm_up):
+    for step in steps.values():
+        for _ in range(2):  # the first projection is a cold one
             step()
     for _ in range(blocks):
         block = dict.fromkeys(steps, 0.0)
@@ -99,14 +97,17 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=5, help="of 20 steps each")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    settings = {"ratio": RATIO, "nuclear": NUCLEAR, "scheme": SCHEME}
     found: dict[str, Any] = {}
     names = ("resnet20",) if options.quick else ("resnet20", "resnet18")
     for name in options.networks or names:
         entry = measure(NETWORKS[name], options)
         found[name] = {k: entry[k]["median"] for k in ("m20", "m1", "authors")} | {"spread": entry}
+        if options.save:
+            finish(f"training_overhead-{name}", {"settings": settings, name: found[name]}, options)
         say(options, f"{name}: " + ", ".join(f"{k} {found[name][k]:.3f}" for k in list(entry)[1:]))
-    settings = {"ratio": RATIO, "nuclear": NUCLEAR, "scheme": SCHEME}
-    finish("training_overhead", {"settings": settings, **found}, options)
+    if not options.save:
+        finish("training_overhead", {"settings": settings, **found}, options)
 
 
 if __name__ == "__main__":
