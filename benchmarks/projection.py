@@ -87,8 +87,10 @@ class Projection:
             )
         for index, done in run_jobs(jobs):
             name, scheme, spec, _ = layers[index]
-            if done.nearest is not None:
-                self._weights()[name].copy_(scheme.from_matrix(spec, done.nearest))
+            weight, nearest = self._weights()[name], done.nearest
+            # the result may be in the weight's place already
+            if nearest is not None and nearest.data_ptr() != weight.data_ptr():
+                weight.copy_(scheme.from_matrix(spec, nearest))
 
     @torch.no_grad()
     def residual_ratios(self) -> list[float]:

@@ -62,7 +62,7 @@ def _authors(training: Training) -> Callable[[], None]:
 
 def measure(network: Network, options: argparse.Namespace) -> dict[str, Any]:
     def fresh() -> Training:
-        return Training(network)
+        return Training(network, batch=options.batch)
 
     steps = {
         "plain": fresh().step,
@@ -95,6 +95,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--networks", nargs="*", choices=NETWORKS)
     parser.add_argument("--blocks", type=int, default=5, help="of 20 steps each")
+    parser.add_argument("--batch", type=int, help="instead of the network's own")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     settings = {"ratio": RATIO, "nuclear": NUCLEAR, "scheme": SCHEME}

@@ -1,0 +1,51 @@
+"""The benchmarks run, and print what others read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
+
+
+def _run(script: str, *options: str) -> dict[str, Any]:
+    command = [sys.executable, str(BENCHMARKS / script), "--quick", "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert found["quick"] is True
+    return found
+
+
+@pytest.mark.slow
+def test_projection() -> None:
+    network = _run("projection.py", "--networks", "resnet20")["networks"]["resnet20"]
+    assert network["speedup_vs_svd"] > 0
+    assert network["speedup_cold"] > 0
+    assert 1 - 1e-6 <= network["residual_ratio_max"] <= 1.0001
+
+
+@pytest.mark.slow
+def test_training_overhead() -> None:
+    ratios = _run("training_overhead.py", "--batch", "8")["resnet20"]
+    assert all(ratios[name] > 0 for name in ("m20", "m1", "authors"))
+
+
+@pytest.mark.slow
+def test_projection_shared() -> None:
+    found = _run("projection_shared.py", "--network", "resnet20")
+    assert found["steady"]["two_by_one"]["median"] > 0
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_say_how_they_were_measured(path: Path) -> None:
+    result = json.loads(path.read_text())
+    assert result["quick"] is False
+    for condition in ("date", "commit", "python", "torch", "cpu", "cores", "threads"):
+        assert result[condition], condition
