@@ -129,11 +129,11 @@ class Team:
             NumericsError: the owner has failed; everywhere.
         """
         shape = (job.shape.batch, job.shape.rows, job.shape.cols)
-        header = torch.zeros(4, dtype=torch.float64, device=job.device)
+        header = torch.zeros(3, dtype=torch.float64, device=job.device)
         if isinstance(result, Projected):
             width = 0 if result.start is None else result.start.shape[-1]
-            header = header.new_tensor([result.rank, result.energy, width, result.steps])
-        rank, energy, width, steps = self.broadcast(header, owner).tolist()
+            header = header.new_tensor([result.rank, result.energy, width])
+        rank, energy, width = self.broadcast(header, owner).tolist()
         if rank == 0:
             if isinstance(result, NumericsError):
                 raise result
@@ -152,4 +152,4 @@ class Team:
             polar = get(own.polar, shape, job.dtype)
         if width:
             start = get(own.start, (shape[0], min(shape[1:]), int(width)), torch.float32)
-        return Projected(nearest, int(rank), energy, polar, start, int(steps))
+        return Projected(nearest, int(rank), energy, polar, start)

@@ -30,8 +30,6 @@ from rankprune.subspace import Subspace, newton_schulz
 CHUNK_BYTES = 8 * 2**20
 # Steps of the block iteration, of one product each, before another engine takes over.
 STEPS = 8
-# Below this share of what may be missed, the next time may do with a step less.
-AMPLE = 1e-3
 # Below this side the Gram matrix is decomposed in less time than the iteration's calls take.
 SMALLEST_SIDE = 96
 
@@ -48,7 +46,6 @@ class Job:
         rank: the rank, or what chooses it by the spectrum.
         leading: whether the leading singular values suffice to choose.
         start: what the block iteration starts from, of the last result; None without.
-        steps: number of its steps before the first check, of the last result.
         polar: whether U Vᵀ is wanted, over the kept directions.
     """
 
@@ -59,7 +56,6 @@ class Job:
     rank: int | Callable[[Spectrum], int]
     leading: bool = False
     start: Tensor | None = None
-    steps: int = 1
     polar: bool = False
 
     @property
@@ -97,7 +93,6 @@ class Projected:
         energy: kept share of the squared singular values, pooled over the batch.
         polar: U Vᵀ over the kept directions where it was wanted.
         start: for the next job of these matrices; None where none pays.
-        steps: for the next job, too.
     """
 
     nearest: Tensor | None
@@ -105,7 +100,6 @@ class Projected:
     energy: float
     polar: Tensor | None
     start: Tensor | None
-    steps: int = 1
 
 
 def project(jobs: Sequence[Job]) -> Iterator[tuple[int, Projected]]:
@@ -194,23 +188,23 @@ def _by_iteration(
     missed: dict[int, float] = {}
     for step in range(1, STEPS + 1):
         for index, part in parts:
-            if index in done or step < jobs[index].steps:
+            if index in done:
                 continue
-            found = _certified(jobs[index], subspace.part(part), step)
+            found = _certified(jobs[index], subspace.part(part))
             if isinstance(found, Projected):
                 done[index] = found
                 continue
             # every step gains about as much as the last: will the steps left be enough?
             gained = found / missed.get(index, math.inf)
             missed[index] = found if found * gained ** (STEPS - step) < 1 else math.inf
-        if all(index in done or missed.get(index) == math.inf for index, _ in parts):
+        if all(index in done or missed[index] == math.inf for index, _ in parts) and step > 1:
             break
         if step < STEPS:
             subspace.refine()
     return done
 
 
-def _certified(job: Job, subspace: Subspace, step: int) -> Projected | float:
+def _certified(job: Job, subspace: Subspace) -> Projected | float:
     """The result, or what is missed as a multiple of what may be."""
     rank = job.rank
     if not isinstance(rank, int):
@@ -225,9 +219,7 @@ def _certified(job: Job, subspace: Subspace, step: int) -> Projected | float:
     polar = subspace.polar(rank) if job.polar else None
     start = subspace.start(size).contiguous() if size >= rank else None
     energy = max(0.0, 1 - lost / total) if total else 1.0
-    ample = float(subspace.missed(rank).max()) < AMPLE
-    steps = max(1, step - ample)
-    return Projected(subspace.project_(rank), rank, energy, polar, start, steps)
+    return Projected(subspace.project_(rank), rank, energy, polar, start)
 
 
 def _by_decomposition(

@@ -50,7 +50,6 @@ class _Target:
     energy: float | None = None
     polar: Tensor | None = None
     start: Tensor | None = None
-    steps: int = 1
 
     @property
     def weight(self) -> nn.Parameter:
@@ -247,7 +246,6 @@ class Controller:
                     "energy": t.energy,
                     "polar": None if t.polar is None else full_tensor(t.polar),
                     "start": t.start,
-                    "steps": t.steps,
                 }
                 for t in self._targets
             },
@@ -278,14 +276,12 @@ class Controller:
             try:
                 scheme, rank = get_scheme(item["scheme"]), item["rank"]
                 energy, polar, start = item["energy"], item["polar"], item["start"]
-                steps = item["steps"]
             except (KeyError, TypeError) as error:
                 raise ConfigError(f"controller state of layer {name!r}: {error!r}") from None
             target = _Target(name, modules[name], spec, scheme, rank, energy)
             device = target.weight.device
             target.polar = None if polar is None else target.like_weight(polar.to(device))
             target.start = None if start is None else start.to(device)
-            target.steps = steps
             targets.append(target)
         self.step, self._replans, self._targets = step, replans, targets
 
@@ -319,7 +315,7 @@ class Controller:
         return plan.factorized
 
     def _adopt(self, layers: tuple[LayerPlan, ...]) -> None:
-        starts = {(t.name, t.scheme.name): (t.start, t.steps) for t in self._targets}
+        starts = {(t.name, t.scheme.name): t.start for t in self._targets}
         self._targets = []
         for layer in layers:
             assert layer.spec is not None
@@ -327,7 +323,7 @@ class Controller:
             module = self.model.get_submodule(layer.name)
             scheme = SCHEMES[str(layer.scheme)]
             target = _Target(layer.name, module, layer.spec, scheme, layer.rank)
-            target.start, target.steps = starts.get((layer.name, scheme.name), (None, 1))
+            target.start = starts.get((layer.name, scheme.name))
             self._targets.append(target)
 
     def _active(self) -> bool:
@@ -401,7 +397,6 @@ class Controller:
             rank=rank,
             leading=leading,
             start=target.start,
-            steps=target.steps,
             polar=bool(options.nuclear) and options.nuclear_when == "projection" and not final,
         )
 
@@ -437,8 +432,7 @@ class Controller:
             # the engine works in the place of matrices that are views of the weight
             if is_sharded(nearest) or nearest.data_ptr() != target.weight.data_ptr():
                 target.weight.copy_(nearest)
-        target.rank, target.energy = done.rank, done.energy
-        target.start, target.steps = done.start, done.steps
+        target.rank, target.energy, target.start = done.rank, done.energy, done.start
         target.polar = None if done.polar is None else target.spread(done.polar)
 
     def _polars(self) -> Iterator[tuple[_Target, Tensor]]:

@@ -1,0 +1,79 @@
+"""Fills the tables of docs/projection.md from the results; run after measuring."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from _harness import RESULTS
+
+PAGE = Path(__file__).parent.parent / "docs" / "projection.md"
+
+
+def _results(prefix: str) -> dict[str, dict[str, Any]]:
+    order = ("resnet20", "resnet18", "resnet50", "vit_b_16", "llama_7b_block")
+    paths = {name: RESULTS / f"{prefix}-{name}.json" for name in order}
+    return {name: json.loads(p.read_text()) for name, p in paths.items() if p.exists()}
+
+
+def _range(ratio: dict[str, float]) -> str:
+    low, high = ratio["min"], ratio["max"]
+    return f"{ratio['median']:.1f}" + ("" if low == high else f" ({low:.1f} to {high:.1f})")
+
+
+def projection() -> str:
+    lines = [
+        "| network | scheme | `svd` cold | cold | steady | peak memory: rankprune, `svd` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, result in _results("projection").items():
+        for scheme, entry in result["networks"][name]["schemes"].items():
+            cold, steady = entry["cold"], entry["steady"]
+            peaks = steady["peak_bytes"]
+            svd = f"{peaks['svd'] / 2**20:.0f} MiB" if "svd" in peaks else "not measured"
+            lines.append(
+                f"| {name} | {scheme} | {1e3 * cold['seconds']['svd']['median']:,.0f} ms "
+                f"| {_range(cold['speedup'])} × | {_range(steady['speedup'])} × "
+                f"| {peaks['rankprune'] / 2**20:.0f} MiB, {svd} |"
+            )
+    return "\n".join(lines)
+
+
+def overhead() -> str:
+    lines = [
+        "| network | plain step | TRP, m = 20 | TRP, m = 1 | authors' algorithm |",
+        "|---|---|---|---|---|",
+    ]
+    for name, result in _results("training_overhead").items():
+        entry = result[name]
+        plain = entry["spread"]["seconds_a_step"]["plain"]["median"]
+        cells = " | ".join(f"{entry[key]:.3f} ×" for key in ("m20", "m1", "authors"))
+        lines.append(f"| {name} | {plain * 1e3:,.0f} ms | {cells} |")
+    return "\n".join(lines)
+
+
+def shared() -> str:
+    lines = ["| network | phase | one | two | two / one |", "|---|---|---|---|---|"]
+    for name, result in _results("projection_shared").items():
+        for phase in ("cold", "steady"):
+            seconds = {k: 1e3 * v["median"] for k, v in result[phase]["seconds"].items()}
+            lines.append(
+                f"| {name} | {phase} | {seconds['one']:.0f} ms | {seconds['two']:.0f} ms "
+                f"| {result[phase]['two_by_one']['median']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    text = PAGE.read_text()
+    for name, table in (("projection", projection), ("overhead", overhead), ("shared", shared)):
+        mark = f"<!-- table: {name} -->"
+        filled = f"{mark}\n{table()}\n<!-- end -->"
+        text = re.sub(rf"{mark}(\n.*?<!-- end -->)?", lambda _, f=filled: f, text, flags=re.DOTALL)
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
