@@ -25,18 +25,15 @@ def _range(ratio: dict[str, float]) -> str:
 
 def projection() -> str:
     lines = [
-        "| network | scheme | `svd` cold | cold | steady | peak memory: rankprune, `svd` |",
-        "|---|---|---|---|---|---|",
+        "| network | scheme | `svd`, all layers | cold | steady |",
+        "|---|---|---|---|---|",
     ]
     for name, result in _results("projection").items():
         for scheme, entry in result["networks"][name]["schemes"].items():
             cold, steady = entry["cold"], entry["steady"]
-            peaks = steady["peak_bytes"]
-            svd = f"{peaks['svd'] / 2**20:.0f} MiB" if "svd" in peaks else "not measured"
             lines.append(
                 f"| {name} | {scheme} | {1e3 * cold['seconds']['svd']['median']:,.0f} ms "
-                f"| {_range(cold['speedup'])} × | {_range(steady['speedup'])} × "
-                f"| {peaks['rankprune'] / 2**20:.0f} MiB, {svd} |"
+                f"| {_range(cold['speedup'])} × | {_range(steady['speedup'])} × |"
             )
     return "\n".join(lines)
 
@@ -66,9 +63,20 @@ def shared() -> str:
     return "\n".join(lines)
 
 
+def memory() -> str:
+    path = RESULTS / "projection_memory.json"
+    lines = ["| network | scheme | `svd` | cold | steady |", "|---|---|---|---|---|"]
+    for name, schemes in json.loads(path.read_text())["peak_bytes"].items():
+        for scheme, peaks in schemes.items():
+            cells = " | ".join(f"{peaks[k] / 2**20:.0f} MiB" for k in ("svd", "cold", "steady"))
+            lines.append(f"| {name} | {scheme} | {cells} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     text = PAGE.read_text()
-    for name, table in (("projection", projection), ("overhead", overhead), ("shared", shared)):
+    tables = {"projection": projection, "memory": memory, "overhead": overhead, "shared": shared}
+    for name, table in tables.items():
         mark = f"<!-- table: {name} -->"
         filled = f"{mark}\n{table()}\n<!-- end -->"
         text = re.sub(rf"{mark}(\n.*?<!-- end -->)?", lambda _, f=filled: f, text, flags=re.DOTALL)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _harness import alternate, arguments, finish, peak_memory, ratios, say, spread
+from _harness import alternate, arguments, finish, ratios, say, spread
 from _networks import NETWORKS, Network, Training
 from torch import Tensor
 
@@ -134,7 +134,8 @@ def measure(network: Network, scheme: str, options: argparse.Namespace) -> dict[
     projection = Projection(training, scheme)
     result: dict[str, Any] = {"layers": len(projection.plan.factorized)}
     weights = sum(weight.numel() for weight in projection.weights.values())
-    once = options.quick or weights > 1e8  # where svd takes minutes
+    large = weights > 1e8  # svd takes minutes
+    once = options.quick or large
     for phase in ("cold", "steady"):
         if phase == "steady":
             projection.train(2 if once else options.periods)
@@ -143,20 +144,16 @@ def measure(network: Network, scheme: str, options: argparse.Namespace) -> dict[
             variants["gram_fp64"] = projection.by_gram
             if phase == "steady":
                 variants["rankprune_without_starts"] = projection.without_starts
-        projection.controller.project()  # the first call of anything is slower
+        if not large:
+            projection.controller.project()  # the first call of anything is slower
         seconds = alternate(variants, 1 if once else options.repeats, projection.restore)
         entry: dict[str, Any] = {
             "seconds": {name: spread(values) for name, values in seconds.items()},
             "speedup": ratios(seconds["svd"], seconds["rankprune"]),
         }
-        if not options.quick:
-            entry["peak_bytes"] = {}
-            for name in ("rankprune",) if once else variants:
-                projection.restore()
-                entry["peak_bytes"][name] = peak_memory(variants[name])
-        projection.restore()
-        projection.controller.project()
-        if not options.quick or phase == "steady":
+        if phase == "steady" or not once:
+            projection.restore()
+            projection.controller.project()
             entry["residual_ratio_max"] = max(projection.residual_ratios(), default=1.0)
         result[phase] = entry
         say(options, f"  {scheme:8} {phase:6} {entry['speedup']['median']:6.1f} x svd")

@@ -117,7 +117,7 @@ class Team:
         for wave in range(max((len(items) for items in pairs), default=0)):
             yield [items[wave] for items in pairs if wave < len(items)]
 
-    def share(self, job: Job, owner: int, result: Projected | NumericsError | None) -> Projected:
+    def share(self, job: Job, owner: int, result: Projected | Exception | None) -> Projected:
         """The owner's result, in every process of several.
 
         Args:
@@ -126,7 +126,7 @@ class Team:
             result: its result or failure, at the owner; None elsewhere.
 
         Raises:
-            NumericsError: the owner has failed; everywhere.
+            NumericsError: the owner has failed; there, what it has failed with.
         """
         shape = (job.shape.batch, job.shape.rows, job.shape.cols)
         header = torch.zeros(3, dtype=torch.float64, device=job.device)
@@ -135,9 +135,11 @@ class Team:
             header = header.new_tensor([result.rank, result.energy, width])
         rank, energy, width = self.broadcast(header, owner).tolist()
         if rank == 0:
-            if isinstance(result, NumericsError):
+            if isinstance(result, Exception):
                 raise result
-            raise NumericsError(f"a decomposition of {shape} failed in process {owner}")
+            raise NumericsError(
+                f"a decomposition of {shape} failed in process {owner}; its own message says why"
+            )
 
         def get(mine: Tensor | None, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             if mine is None:

@@ -417,10 +417,10 @@ class Controller:
             if team.size == 1:
                 yield from ((self._targets[own[i]], result) for i, result in done)
                 continue
-            results: dict[int, Projected | NumericsError] = {}
+            results: dict[int, Projected | Exception] = {}
             try:
                 results.update((own[i], result) for i, result in done)
-            except NumericsError as failure:
+            except Exception as failure:  # the others must not wait for what does not come
                 results.update((index, failure) for index in own if index not in results)
             for index, owner in wave:
                 mine = results.pop(index, None)
