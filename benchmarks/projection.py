@@ -7,7 +7,6 @@ starts from the last one's subspaces, after the training has moved the weights i
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,8 +15,6 @@ from _networks import NETWORKS, Network, Training
 from torch import Tensor
 
 import rankprune as rp
-from rankprune.engine import Job
-from rankprune.engine import project as run_jobs
 from rankprune.linalg import Decomposition
 from rankprune.schemes import SCHEMES, Scheme
 
@@ -74,23 +71,9 @@ class Projection:
             nearest = Decomposition(matrices).project(rank)
             self._weights()[name].copy_(scheme.from_matrix(spec, nearest))
 
-    @torch.no_grad()
     def without_starts(self) -> None:
         """rankprune, as if for the first time."""
-        jobs, layers = [], self._layers()
-        for name, scheme, spec, rank in layers:
-            matrices = scheme.to_matrix(spec, self._weights()[name])
-            shape = scheme.matrix_shape(spec)
-            load = _given(matrices)
-            jobs.append(
-                Job(shape=shape, load=load, dtype=matrices.dtype, device=matrices.device, rank=rank)
-            )
-        for index, done in run_jobs(jobs):
-            name, scheme, spec, _ = layers[index]
-            weight, nearest = self._weights()[name], done.nearest
-            # the result may be in the weight's place already
-            if nearest is not None and nearest.data_ptr() != weight.data_ptr():
-                weight.copy_(scheme.from_matrix(spec, nearest))
+        rp.project(self.training.model, self.plan)
 
     @torch.no_grad()
     def residual_ratios(self) -> list[float]:
@@ -118,10 +101,6 @@ class Projection:
             (layer.name, SCHEMES[str(layer.scheme)], layer.spec, int(layer.rank or 0))
             for layer in self.plan.factorized
         ]
-
-
-def _given(matrices: Tensor) -> Callable[[], Tensor]:
-    return lambda: matrices
 
 
 def measure(network: Network, scheme: str, options: argparse.Namespace) -> dict[str, Any]:

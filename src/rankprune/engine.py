@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -181,7 +181,7 @@ def _full_polar(job: Job) -> Tensor:
 
 
 def _by_iteration(
-    jobs: Sequence[Job] | Mapping[int, Job], parts: Sequence[tuple[int, slice]], subspace: Subspace
+    jobs: Sequence[Job], parts: Sequence[tuple[int, slice]], subspace: Subspace
 ) -> dict[int, Projected]:
     """Results of the jobs for which the block iteration can promise them."""
     done: dict[int, Projected] = {}
@@ -236,11 +236,9 @@ def _by_decomposition(
         if rough and not small and not full and not decomposition.keeps(rank):
             # eigenvectors that fp32 has spoilt are still a good start
             subspace = Subspace(decomposition.matrix, decomposition.start(rank, rough=True))
-            fixed = replace(job, rank=rank)
-            alone = slice(0, job.shape.batch)
-            done = _by_iteration({index: fixed}, [(index, alone)], subspace)
+            done = _by_iteration([replace(job, rank=rank)], [(0, slice(None))], subspace)
             if done:
-                yield index, done[index]
+                yield index, done[0]
                 continue
         size = _start_size(job, rank)
         yield (

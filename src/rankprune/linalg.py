@@ -208,8 +208,20 @@ class Decomposition:
         self._check_rank(rank)
         if self._exact_input:
             return self._svd.u[..., :rank], self._svd.vh[..., :rank, :]
-        if self._cached is None or self._cached[0] != rank:
-            self._cached = (rank, *self._leading_by_gram(rank))
+        if not self.keeps(rank):
+            if self._working == torch.float32:
+                # squaring has cost digits that this spectrum needs
+                self._working = torch.float64
+                for cached in ("_oriented", "_eigen", "values"):
+                    self.__dict__.pop(cached, None)
+                return self._leading(rank)
+            u, sigma, vh = self._svd
+            self._cached = (
+                rank,
+                u[..., :rank],
+                sigma[..., :rank].unsqueeze(-1) * vh[..., :rank, :],
+            )
+        assert self._cached is not None
         return self._cached[1:]
 
     # the basis of the rank last asked for: projection, polar factor and start share one
@@ -219,19 +231,6 @@ class Decomposition:
         """Leading eigenvectors, and basisᵀ·M."""
         basis = self._eigen[1][..., self.max_rank - rank :].flip(-1)
         return basis, basis.mT @ self._oriented
-
-    def _leading_by_gram(self, rank: int) -> tuple[Tensor, Tensor]:
-        basis, rows = self._basis(rank)
-        if self._kept_promise(basis, rows, self._eigen[0]):
-            return basis, rows
-        if self._working == torch.float32:
-            # squaring has cost digits that this spectrum needs
-            self._working = torch.float64
-            for cached in ("_oriented", "_eigen", "values"):
-                self.__dict__.pop(cached, None)
-            return self._leading_by_gram(rank)
-        exact = self._svd
-        return exact.u[..., :rank], exact.s[..., :rank].unsqueeze(-1) * exact.vh[..., :rank, :]
 
     def _kept_promise(self, basis: Tensor, rows: Tensor, eigenvalues: Tensor) -> bool:
         """The residual against the optimum, the root of the sum of the discarded eigenvalues."""
