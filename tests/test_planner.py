@@ -452,7 +452,7 @@ def test_rank_is_a_rule_or_a_budget(rank: Any) -> None:
         make_plan(small_cnn(), rank)
 
 
-@pytest.mark.parametrize("multiple_of", [0, -8, 1.5, "8", None])
+@pytest.mark.parametrize("multiple_of", [0, -8, 1.5, "8", True])
 def test_multiple_of_is_a_whole_number(multiple_of: Any) -> None:
     with pytest.raises(ConfigError, match="multiple_of"):
         make_plan(small_cnn(), Ratio(0.5), multiple_of=multiple_of)

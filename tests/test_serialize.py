@@ -47,6 +47,7 @@ from rankprune import (
     serialize,
 )
 from rankprune.factorize import low_rank_layers
+from rankprune.files import file_sha256
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 
@@ -560,7 +561,7 @@ def test_a_plan_of_enormous_size_is_not_read(saved: Path, monkeypatch: pytest.Mo
 
 def _resign(folder: Path) -> None:
     """Make the plan's hash right again, as somebody would who tampers on purpose."""
-    digest = serialize.file_sha256(folder / WEIGHTS)
+    digest = file_sha256(folder / WEIGHTS)
     _rewrite(folder, _put("weights", sha256=digest))
 
 

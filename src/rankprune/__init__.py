@@ -20,9 +20,11 @@ from rankprune._version import __version__
 
 if TYPE_CHECKING:
     from rankprune.attach import attach
+    from rankprune.budget import Budget
     from rankprune.errors import (
         BudgetError,
         ConfigError,
+        ExportError,
         FileError,
         LayerError,
         MissingExtraError,
@@ -30,11 +32,13 @@ if TYPE_CHECKING:
         PlanError,
         RankPruneError,
     )
+    from rankprune.export import export_onnx
     from rankprune.factorize import LowRank, defactorize, factorize, plan_of
+    from rankprune.latency import LatencyTable
     from rankprune.layers import LayerSpec
     from rankprune.options import TRP
     from rankprune.plan import LayerPlan, Plan
-    from rankprune.planner import Budget, LayerConfig, make_plan
+    from rankprune.planner import LayerConfig, make_plan
     from rankprune.profile import Profile, count_bytes, count_params, profile
     from rankprune.ranks import (
         EVBMF,
@@ -47,11 +51,13 @@ if TYPE_CHECKING:
         Threshold,
     )
     from rankprune.report import Report, report
+    from rankprune.runtimes import BACKENDS, Runtime
     from rankprune.schemes import SCHEMES, MatrixShape, Scheme
     from rankprune.serialize import load, read_plan, save
     from rankprune.training import Controller, project
 
 __all__ = [
+    "BACKENDS",
     "EVBMF",
     "SCHEMES",
     "TRP",
@@ -60,8 +66,10 @@ __all__ = [
     "ConfigError",
     "Controller",
     "Energy",
+    "ExportError",
     "FileError",
     "FixedRank",
+    "LatencyTable",
     "LayerConfig",
     "LayerError",
     "LayerPlan",
@@ -77,6 +85,7 @@ __all__ = [
     "RankRule",
     "Ratio",
     "Report",
+    "Runtime",
     "Scheme",
     "Spectrum",
     "StableRank",
@@ -86,6 +95,7 @@ __all__ = [
     "count_bytes",
     "count_params",
     "defactorize",
+    "export_onnx",
     "factorize",
     "load",
     "make_plan",
@@ -99,16 +109,20 @@ __all__ = [
 
 _MODULES = {
     "attach": "attach",
-    "errors": "BudgetError ConfigError FileError LayerError MissingExtraError NumericsError "
-    "PlanError RankPruneError",
+    "budget": "Budget",
+    "errors": "BudgetError ConfigError ExportError FileError LayerError MissingExtraError "
+    "NumericsError PlanError RankPruneError",
+    "export": "export_onnx",
     "factorize": "LowRank defactorize factorize plan_of",
+    "latency": "LatencyTable",
     "layers": "LayerSpec",
     "options": "TRP",
     "plan": "LayerPlan Plan",
-    "planner": "Budget LayerConfig make_plan",
+    "planner": "LayerConfig make_plan",
     "profile": "Profile count_bytes count_params profile",
     "ranks": "EVBMF Energy FixedRank RankRule Ratio Spectrum StableRank Threshold",
     "report": "Report report",
+    "runtimes": "BACKENDS Runtime",
     "schemes": "SCHEMES MatrixShape Scheme",
     "serialize": "load read_plan save",
     "training": "Controller project",

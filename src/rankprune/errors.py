@@ -43,6 +43,10 @@ class BudgetError(RankPruneError, ValueError):
         self.closest = closest
 
 
+class ExportError(RankPruneError, RuntimeError):
+    """A network cannot be exported, or what was exported gives other answers."""
+
+
 class FileError(RankPruneError, OSError):
     """A file is missing, damaged, of another format, or does not fit the model."""
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rankprune.budget import Budget
 from rankprune.errors import ConfigError
+from rankprune.latency import LatencyTable
 from rankprune.plan import Plan
-from rankprune.planner import Budget, Override
+from rankprune.planner import Override
 from rankprune.ranks import RankRule
+from rankprune.runtimes import Runtime
 
 NUCLEAR_MODES = ("gradient", "decoupled")
 NUCLEAR_WHEN = ("projection", "step")
@@ -24,6 +27,7 @@ class TRP:
         scheme: as in `make_plan`.
         overrides: as in `make_plan`.
         multiple_of: as in `make_plan`.
+        runtime: as in `make_plan`; layers are measured when training starts.
         guard: as in `make_plan`; applied at the end, since training is what makes it pay.
         every: m, the period of projections in optimizer steps.
         start: first step that is projected and regularised.
@@ -42,7 +46,8 @@ class TRP:
     plan: Plan | None = None
     scheme: str = "auto"
     overrides: Mapping[str, Override] | None = None
-    multiple_of: int = 1
+    multiple_of: int | None = None
+    runtime: Runtime | LatencyTable | None = None
     guard: bool = True
     every: int = 20
     start: int = 0

@@ -17,7 +17,7 @@ from typing import Any
 from rankprune.errors import LayerError, PlanError
 from rankprune.layers import LayerSpec
 from rankprune.schemes import SCHEMES, MatrixShape
-from rankprune.tables import format_change, format_matrix, format_table
+from rankprune.tables import format_change, format_matrix, format_table, format_times
 
 SCHEMA_VERSION = 1
 _MAX_SIDE = 2**31
@@ -40,6 +40,8 @@ class LayerPlan:
         dense_flops: FLOPs of the dense layer for the example inputs; None where not measured.
         params: parameters after the plan.
         flops: FLOPs after the plan.
+        dense_latency_ms: time of the dense layer alone, measured; None where not measured.
+        latency_ms: time after the plan.
         tied: names of further layers that hold the same weight.
     """
 
@@ -54,6 +56,8 @@ class LayerPlan:
     dense_flops: int | None = None
     params: int = 0
     flops: int | None = None
+    dense_latency_ms: float | None = None
+    latency_ms: float | None = None
     tied: tuple[str, ...] = ()
 
     @property
@@ -78,6 +82,7 @@ class LayerPlan:
             reason=reason,
             params=self.dense_params,
             flops=self.dense_flops,
+            latency_ms=self.dense_latency_ms,
         )
 
     def factors(self) -> tuple[LayerSpec, LayerSpec]:
@@ -138,13 +143,27 @@ class Plan:
         saved = sum((layer.dense_flops or 0) - (layer.flops or 0) for layer in self.layers)
         return self.dense_flops - saved
 
+    @property
+    def measured(self) -> str | None:
+        """The network's time dense and compact, where the plan was made by measuring it."""
+        found: Any = self.metadata.get("latency")
+        try:
+            place = "{backend}, {precision}, {threads} threads, batch {batch}".format(**found)
+            return f"latency {format_times(found['dense_ms'], found['compact_ms'])} on {place}"
+        except (TypeError, KeyError, ValueError):
+            return None  # metadata is free: it may hold something else under this name
+
     def with_metadata(self, **values: Any) -> Plan:
         """The same plan with further metadata."""
         return replace(self, metadata={**self.metadata, **values})
 
     def __str__(self) -> str:
-        rows = [("layer", "type", "scheme", "matrix", "rank", "energy", "params", "FLOPs", "why")]
+        timed = any(layer.latency_ms is not None for layer in self.layers)
+        times = ("ms alone",) if timed else ()
+        head = ("layer", "type", "scheme", "matrix", "rank", "energy", "params", "FLOPs")
+        rows: list[tuple[str, ...]] = [(*head, *times, "why")]
         for layer in self.layers:
+            own = (format_times(layer.dense_latency_ms, layer.latency_ms),) if timed else ()
             rows.append(
                 (
                     layer.name,
@@ -155,6 +174,7 @@ class Plan:
                     "" if layer.energy is None else f"{layer.energy:.4f}",
                     format_change(layer.dense_params, layer.params),
                     format_change(layer.dense_flops, layer.flops),
+                    *own,
                     layer.reason,
                 )
             )
@@ -168,6 +188,8 @@ class Plan:
                 else f"; FLOPs {format_change(self.dense_flops, self.flops)}"
             )
         )
+        if self.measured is not None:
+            lines.append(self.measured)
         return "\n".join(lines)
 
     def to_json(self) -> str:
@@ -274,6 +296,15 @@ class _Reader:
     def optional_integer(self, key: str, least: int = 0) -> int | None:
         return None if self.value(key) is None else self.integer(key, least)
 
+    def optional_number(self, key: str) -> float | None:
+        value = self.value(key)
+        if value is None:
+            return None
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value):
+            raise self.fail(key, "a number", value)
+        return float(value)
+
     def string(self, key: str) -> str:
         value = self.value(key)
         if not isinstance(value, str) or len(value) > _MAX_NAME:
@@ -340,13 +371,6 @@ def _read_layer(reader: _Reader) -> LayerPlan:
             spec.validate(name)
         except LayerError as error:
             raise PlanError(f"{reader.where}: {error}") from None
-    energy = reader.value("energy")
-    if energy is not None and (
-        not isinstance(energy, (int, float))
-        or isinstance(energy, bool)
-        or not math.isfinite(energy)
-    ):
-        raise reader.fail("energy", "a number", energy)
     tied = reader.array("tied")
     if not all(isinstance(other, str) and len(other) <= _MAX_NAME for other in tied):
         raise reader.fail("tied", "a list of names", tied)
@@ -357,11 +381,13 @@ def _read_layer(reader: _Reader) -> LayerPlan:
         scheme=None if reader.value("scheme") is None else reader.string("scheme"),
         rank=reader.optional_integer("rank", 1),
         reason=reader.string("reason"),
-        energy=None if energy is None else float(energy),
+        energy=reader.optional_number("energy"),
         dense_params=reader.integer("dense_params", 0),
         dense_flops=reader.optional_integer("dense_flops"),
         params=reader.integer("params", 0),
         flops=reader.optional_integer("flops"),
+        dense_latency_ms=reader.optional_number("dense_latency_ms"),
+        latency_ms=reader.optional_number("latency_ms"),
         tied=tuple(tied),
     )
     _check_scheme(layer, reader.where)

@@ -2,7 +2,8 @@
 
 `make_plan` surveys the model, lists for every layer the options that its settings allow (dense, or
 scheme × rank), drops those that do not pay (the break-even guard), and picks: by a rank rule layer
-by layer, or by a budget with one knapsack over all layers.
+by layer, or by a budget with one knapsack over all layers. On a runtime, options that are slower
+than the dense layer are dropped too, and a budget is proven by measuring the network.
 """
 
 from __future__ import annotations
@@ -10,50 +11,24 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
-from rankprune.errors import BudgetError, ConfigError, near
-from rankprune.knapsack import Choice, solve
+from rankprune.budget import Budget, Option, is_faster, spend, spend_time
+from rankprune.errors import ConfigError, near
+from rankprune.export import batch_of
+from rankprune.latency import Clock, LatencyTable, Request
 from rankprune.plan import LayerPlan, Plan
 from rankprune.profile import ExampleInputs, count_params, profile
 from rankprune.ranks import FixedRank, RankRule, Spectrum
+from rankprune.runtimes import Runtime
 from rankprune.schemes import SCHEMES, Scheme, applicable, get_scheme
 from rankprune.survey import Site, survey
 
 # Ranks that a budget considers for one layer and scheme; more only slow the solver down.
 _GRID = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """Upper bounds on the compact model's cost, as fractions of the dense model's.
-
-    Attributes:
-        flops: fraction of the dense FLOPs, 0 < flops ≤ 1; needs example inputs.
-        params: fraction of the dense parameters, 0 < params ≤ 1.
-    """
-
-    flops: float | None = None
-    params: float | None = None
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if value is not None and not (number and 0 < value <= 1):
-                raise ConfigError(
-                    f"Budget({item.name}={value!r}): a fraction of the dense model, "
-                    "greater than 0 and at most 1"
-                )
-        if not self.bounds():
-            raise ConfigError("Budget(): give at least one of flops=…, params=…")
-
-    def bounds(self) -> dict[str, float]:
-        """The fractions that are set, by quantity."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: float(value) for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +59,6 @@ class _ExactRank(FixedRank):
 
 
 @dataclass(frozen=True)
-class Option:
-    """One thing that can be done to a layer."""
-
-    layer: LayerPlan
-    loss: float
-
-
-@dataclass(frozen=True)
 class _Settings:
     """What one layer is to get, after overrides."""
 
@@ -108,7 +75,8 @@ def make_plan(
     overrides: Mapping[str, Override] | None = None,
     example_inputs: ExampleInputs | None = None,
     guard: bool = True,
-    multiple_of: int = 1,
+    multiple_of: int | None = None,
+    runtime: Runtime | LatencyTable | None = None,
 ) -> Plan:
     """Choose for every layer: dense, or a scheme and a rank.
 
@@ -124,7 +92,11 @@ def make_plan(
             at parameters only.
         guard: leave layers dense where the chosen rank does not save both parameters and FLOPs.
             False factorises even so (a budget never does).
-        multiple_of: ranks are rounded up to a multiple of this.
+        multiple_of: ranks are rounded up to a multiple of this; None is 1, or what the runtime's
+            kernels take at a time.
+        runtime: where the network is to be fast. Layers are measured there (once: a cache keeps the
+            times), and no plan makes a layer slower; under a budget the whole network is measured
+            too, and is never slower. A `LatencyTable` shows progress and chooses the cache.
 
     Returns:
         A plan with an entry for every layer that has a matrix-like parameter.
@@ -133,6 +105,7 @@ def make_plan(
         ConfigError: unknown scheme, a pattern that matches nothing, no layer to factorise.
         BudgetError: the budget cannot be met; the message and `.closest` say what can.
         NumericsError: a weight holds NaN or infinity.
+        MissingExtraError: the runtime's backend is not installed.
 
     Example:
         >>> import torch
@@ -146,11 +119,15 @@ def make_plan(
         get_scheme(scheme)
     if not isinstance(rank, (RankRule, Budget)):
         raise ConfigError(f"rank must be a rank rule or a Budget, got {rank!r}")
-    if not isinstance(multiple_of, int) or multiple_of < 1:
-        raise ConfigError(f"multiple_of={multiple_of!r}: a whole number ≥ 1")
+    table = as_table(runtime)
+    step = multiple(multiple_of, table)
     budget = rank if isinstance(rank, Budget) else None
-    if budget is not None and budget.flops is not None and example_inputs is None:
-        raise ConfigError("a FLOPs budget needs example_inputs, to count FLOPs on real shapes")
+    if budget is not None and budget.timed and table is None:
+        raise ConfigError("a latency budget needs runtime=Runtime(…), to measure on")
+    counted = table is not None or (budget is not None and budget.flops is not None)
+    if counted and example_inputs is None:
+        what = "a runtime" if table else "a FLOPs budget"
+        raise ConfigError(f"{what} needs example_inputs, to see the shapes that layers really get")
     cost = None if example_inputs is None else profile(model, example_inputs)
     sites = survey(model, cost)
     if not any(not site.obstacle for site in sites):
@@ -159,20 +136,50 @@ def make_plan(
             + ("; ".join(f"{site.name}: {site.obstacle}" for site in sites[:5]) or "no weights")
         )
     settings = _resolve(sites, rank, scheme, overrides or {})
-    groups = [
-        _options(site, settings[site.name], guard=guard, multiple_of=multiple_of) for site in sites
-    ]
+    groups = [_options(site, settings[site.name], guard=guard, multiple_of=step) for site in sites]
     dense_params = cost.params if cost else count_params(model)
     dense_flops = cost.flops if cost else None
+    if table:
+        groups = _timed(sites, groups, table, guard=guard)
+    dense: dict[str, float] = {"params": dense_params, "flops": dense_flops or 0}
+    metadata: dict[str, Any] = {}
     if budget is None:
         chosen = [group[0] for group in groups]
+    elif table:
+        assert example_inputs is not None
+        clock = Clock(model, example_inputs, table.runtime)
+        chosen = spend_time(groups, budget, dense, clock)
+        metadata["latency"] = {**clock.result(), "batch": batch_of(example_inputs)}
     else:
-        chosen = _within(groups, budget, {"params": dense_params, "flops": dense_flops or 0})
+        chosen = spend(groups, budget, dense)
     return Plan(
         layers=tuple(option.layer for option in chosen),
         dense_params=dense_params,
         dense_flops=dense_flops,
+        metadata=metadata,
     )
+
+
+def as_table(runtime: Runtime | LatencyTable | None) -> LatencyTable | None:
+    """The table that measures on a runtime."""
+    if runtime is None or isinstance(runtime, LatencyTable):
+        return runtime
+    if isinstance(runtime, Runtime):
+        return LatencyTable(runtime)
+    raise ConfigError(f"runtime must be a Runtime or a LatencyTable, got {runtime!r}")
+
+
+def multiple(multiple_of: int | None, table: LatencyTable | None) -> int:
+    """What ranks are rounded up to a multiple of.
+
+    Raises:
+        ConfigError: it is given, and no whole number ≥ 1.
+    """
+    if multiple_of is None:
+        return table.runtime.rank_multiple() if table else 1
+    if type(multiple_of) is not int or multiple_of < 1:
+        raise ConfigError(f"multiple_of={multiple_of!r}: a whole number ≥ 1")
+    return multiple_of
 
 
 def rank_rules(
@@ -190,6 +197,7 @@ def realise(
     example_inputs: ExampleInputs | None = None,
     energies: Mapping[str, float] | None = None,
     guard: bool = True,
+    table: LatencyTable | None = None,
 ) -> Plan:
     """A plan with exactly these schemes and ranks, under the break-even guard.
 
@@ -199,10 +207,12 @@ def realise(
         example_inputs: to count FLOPs, as in `make_plan`.
         energies: share of energy kept, where it was measured before a projection.
         guard: as in `make_plan`.
+        table: to tell what the layers and the network take; it changes nothing else.
     """
     cost = None if example_inputs is None else profile(model, example_inputs)
     layers = []
-    for site in survey(model, cost):
+    sites = survey(model, cost)
+    for site in sites:
         layer = _dense(site, site.obstacle or "not chosen")
         if site.name in ranks and not site.obstacle:
             name, rank, reason = ranks[site.name]
@@ -211,10 +221,18 @@ def realise(
             if guard:
                 layer = option.guarded(layer)
         layers.append(layer)
+    metadata: dict[str, Any] = {}
+    if table is not None and example_inputs is not None:
+        groups = _timed(sites, [[Option(layer, 0.0)] for layer in layers], table, guard=False)
+        layers = [group[0].layer for group in groups]
+        clock = Clock(model, example_inputs, table.runtime)
+        clock.measure(layers)
+        metadata["latency"] = {**clock.result(), "batch": batch_of(example_inputs)}
     return Plan(
         layers=tuple(layers),
         dense_params=cost.params if cost else count_params(model),
         dense_flops=cost.flops if cost else None,
+        metadata=metadata,
     )
 
 
@@ -384,45 +402,49 @@ def _grid(option: _LayerOption, multiple_of: int) -> Iterator[Option]:
         yield Option(option.at(rank, "budget", kept), 1 - kept)
 
 
-def _within(
-    groups: Sequence[Sequence[Option]], budget: Budget, dense: Mapping[str, int]
-) -> list[Option]:
-    """Least total loss within the budget."""
-    bounds = budget.bounds()
+def _timed(
+    sites: Sequence[Site],
+    groups: Sequence[Sequence[Option]],
+    table: LatencyTable,
+    *,
+    guard: bool,
+) -> list[list[Option]]:
+    """The options with their times; under the guard without those that are not faster."""
+    requests = []
+    for site, group in zip(sites, groups, strict=True):
+        ranks: dict[str, list[int]] = {}
+        for option in group:
+            if option.layer.scheme is not None and option.layer.rank is not None:
+                ranks.setdefault(option.layer.scheme, []).append(option.layer.rank)
+        if ranks:
+            assert site.spec is not None
+            few = {scheme: table.sample(sorted(values)) for scheme, values in ranks.items()}
+            requests += [Request(site.spec, shape, few) for shape in site.input_shapes]
+    table.measure(requests)
+    timed = [
+        [_with_times(site, option, table) for option in group]
+        for site, group in zip(sites, groups, strict=True)
+    ]
+    return [_faster(group) for group in timed] if guard else timed
 
-    def saved(option: Option, quantity: str) -> int:
-        before = getattr(option.layer, f"dense_{quantity}") or 0
-        return before - (getattr(option.layer, quantity) or 0)
 
-    closest = {}
-    for quantity in bounds:
-        most = sum(max(saved(option, quantity) for option in group) for group in groups)
-        closest[quantity] = (dense[quantity] - most) / dense[quantity] if dense[quantity] else 1.0
-    # the layers' own cost, with the rest of the model as one group that has no choice
-    limits = []
-    for quantity, fraction in bounds.items():
-        listed = sum(getattr(group[0].layer, f"dense_{quantity}") or 0 for group in groups)
-        rest = dense[quantity] - listed
-        limits.append(math.floor(fraction * dense[quantity]) - rest)
-    picked = None
-    if all(limit > 0 for limit in limits):
-        table = [
-            [
-                Choice(
-                    option.loss,
-                    tuple(float(getattr(option.layer, quantity) or 0) for quantity in bounds),
-                )
-                for option in group
-            ]
-            for group in groups
-        ]
-        picked = solve(table, limits)
-    if picked is None:
-        wanted = ", ".join(f"{quantity}={fraction:g}" for quantity, fraction in bounds.items())
-        reachable = ", ".join(f"{quantity}={value:.4f}" for quantity, value in closest.items())
-        raise BudgetError(
-            f"budget {wanted} cannot be met: the closest that these layers and schemes reach is "
-            f"{reachable}; raise the budget, allow more layers or schemes, or lower multiple_of",
-            closest,
-        )
-    return [group[index] for group, index in zip(groups, picked, strict=True)]
+def _with_times(site: Site, option: Option, table: LatencyTable) -> Option:
+    layer, shapes = option.layer, site.input_shapes
+    if site.spec is None or not table.knows(site.spec, shapes):
+        return option
+    dense = table.dense(site.spec, shapes)
+    own = dense
+    if layer.scheme is not None and layer.rank is not None:
+        own = table.factorized(site.spec, layer.scheme, layer.rank, shapes)
+    return replace(option, layer=replace(layer, dense_latency_ms=dense, latency_ms=own))
+
+
+def _faster(options: list[Option]) -> list[Option]:
+    """Those that are faster than the dense layer, or the dense layer and why."""
+    kept = [option for option in options if option.layer.dense or is_faster(option.layer)]
+    slower = [option.layer for option in options if option not in kept]
+    if not slower or any(not option.layer.dense for option in kept):
+        return kept
+    best = min(slower, key=lambda layer: layer.latency_ms or 0)
+    reason = f"nothing is faster: {best.scheme} at rank {best.rank} takes {best.latency_ms:.3g} ms"
+    return [Option(best.left_dense(f"{reason}, dense {best.dense_latency_ms:.3g} ms"), 0.0)]

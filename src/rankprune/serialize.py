@@ -8,14 +8,11 @@ the old model or the new one, whenever it looks and wherever a writer was killed
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
 import re
-import secrets
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +23,20 @@ from torch import Tensor, nn
 
 from rankprune.errors import FileError, LayerError, PlanError
 from rankprune.factorize import check_plan, factor_skeleton, plan_of
+from rankprune.files import (
+    commit,
+    file_sha256,
+    read_bytes,
+    remove_stale,
+    reporting,
+    temporary_file,
+    write_atomically,
+)
 from rankprune.plan import Plan
 
 PLAN = "plan.json"
 WEIGHTS = "model.safetensors"
 _WEIGHTS_NAME = re.compile(r"model(-[0-9a-f]{12})?\.safetensors")
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _MAX_PLAN_BYTES = 64 * 2**20
 # In the weights' own header, where the sha256 covers them: JSON of name to name.
 _ALIASES = "aliases"
@@ -71,17 +76,20 @@ def save(
             f"{folder}: holds a saved model already; choose another folder or overwrite it"
         )
     tensors, aliases = _unique_tensors(model)
-    with _reporting(folder, "write"):
+    with reporting(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_stale(folder)
-        with _temporary(folder, WEIGHTS) as temporary:
+        remove_stale(folder)
+        with temporary_file(folder, WEIGHTS) as temporary:
             header = {"format": "pt", _ALIASES: json.dumps(aliases)}
-            save_file(tensors, temporary, metadata=header)
+            try:
+                save_file(tensors, temporary, metadata=header)
+            except SafetensorError as error:
+                raise FileError(f"{folder}: cannot write: {error}") from error
             digest = file_sha256(temporary)
             name = WEIGHTS
             if (folder / WEIGHTS).exists():
                 name = f"model-{digest[:12]}.safetensors"
-            _commit(temporary, folder / name)
+            commit(temporary, folder / name)
         document["weights"] = {"file": name, "sha256": digest}
         write_atomically(folder / PLAN, json.dumps(document, indent=1, allow_nan=False).encode())
         for other in folder.iterdir():
@@ -131,49 +139,13 @@ def read_plan(folder: str | os.PathLike[str]) -> Plan:
     return _read_document(Path(folder))[0]
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part.
-
-    Raises:
-        FileError: it cannot be written; the old file is as it was.
-    """
-    with _reporting(path, "write"), _temporary(path.parent, path.name) as temporary:
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-        _commit(temporary, path)
-
-
-def read_bytes(path: Path, limit: int) -> bytes:
-    """Read a regular file of at most `limit` bytes.
-
-    Raises:
-        FileError: missing, not a regular file, too large or unreadable.
-    """
-    with _reporting(path, "read"):
-        if path.is_symlink() or not path.is_file():
-            what = "a symbolic link" if path.is_symlink() else "not a file"
-            raise FileError(f"{path}: {what if path.exists() else 'no such file'}")
-        size = path.stat().st_size
-        if size > limit:
-            raise FileError(
-                f"{path}: {size} bytes, more than the {limit} that such a file may have"
-            )
-        return path.read_bytes()
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's content, in hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file.
 
     Raises:
         FileError: missing, truncated, or not safetensors.
     """
-    with _reporting(path, "read"):
+    with reporting(path, "read"):
         if not path.is_file():
             raise FileError(f"{path}: no such file")
         try:
@@ -251,7 +223,7 @@ def _open(folder: Path) -> tuple[Plan, dict[str, Tensor], dict[str, str]]:
         # a concurrent save may have committed a newer plan and removed these weights
         plan, entry = _read_document(folder)
         path = folder / entry["file"]
-    with _reporting(path, "read"):
+    with reporting(path, "read"):
         if path.is_symlink() or not path.is_file():
             raise FileError(f"{path}: missing, or not a regular file")
         digest = file_sha256(path)
@@ -274,7 +246,7 @@ def _is_own(path: Path) -> bool:
 
 def _read_aliases(path: Path) -> dict[str, str]:
     """Names that share another name's tensor, out of the weights' header."""
-    with _reporting(path, "read"), safe_open(path, framework="pt") as archive:
+    with reporting(path, "read"), safe_open(path, framework="pt") as archive:
         text = (archive.metadata() or {}).get(_ALIASES, "{}")
     try:
         aliases = json.loads(text)
@@ -335,43 +307,3 @@ def compare_shapes(
             f"{expected[key]} in the model"
         )
     raise FileError(f"{source}: weights of another model: {'; '.join(parts)}")
-
-
-@contextlib.contextmanager
-def _reporting(path: Path, verb: str) -> Iterator[None]:
-    """Turn the system's errors into ours, with the path and the reason."""
-    try:
-        yield
-    except FileError:
-        raise
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FileError(f"{path}: cannot {verb}: {reason}") from error
-
-
-@contextlib.contextmanager
-def _temporary(folder: Path, name: str) -> Iterator[Path]:
-    path = folder / f".{name}.{secrets.token_hex(8)}.tmp"
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _commit(temporary: Path, path: Path) -> None:
-    """Make a temporary file durable under its name."""
-    with open(temporary, "rb+") as stream:
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_stale(folder: Path) -> None:
-    """Remove temporaries that a killed writer left behind."""
-    for path in folder.iterdir():
-        if _TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)

@@ -47,3 +47,21 @@ def format_change(dense: int | None, compact: int | None) -> str:
         return format_count(dense)
     factor = f" ({dense / compact:.2f}×)" if compact else ""
     return f"{format_count(dense)} → {format_count(compact)}{factor}"
+
+
+def format_times(dense: float | None, compact: float | None) -> str:
+    """Milliseconds as `dense → compact (factor)`, or the dense time alone where nothing changes.
+
+    >>> format_times(18.21, 9.1), format_times(0.5, 0.5), format_times(None, None)
+    ('18.2 → 9.10 ms (2.00×)', '0.500 ms', '')
+    """
+    if dense is None or compact is None:
+        return ""
+    if dense == compact:
+        return f"{_three_digits(dense)} ms"
+    factor = f" ({dense / compact:.2f}×)" if compact else ""
+    return f"{_three_digits(dense)} → {_three_digits(compact)} ms{factor}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rankprune import engine
+from rankprune.budget import Budget
 from rankprune.distributed import Team
 from rankprune.engine import Job, Projected
 from rankprune.errors import ConfigError, NumericsError
@@ -28,7 +29,7 @@ from rankprune.layers import LayerSpec
 from rankprune.linalg import check_finite
 from rankprune.options import TRP
 from rankprune.plan import LayerPlan, Plan
-from rankprune.planner import Budget, make_plan, rank_rules, realise, round_rank
+from rankprune.planner import as_table, make_plan, multiple, rank_rules, realise, round_rank
 from rankprune.profile import ExampleInputs
 from rankprune.ranks import RankRule, Spectrum
 from rankprune.schemes import SCHEMES, Scheme, get_scheme
@@ -113,6 +114,13 @@ class Controller:
         self.options = options
         self.example_inputs = example_inputs
         self.step = 0
+        self._table = as_table(options.runtime)
+        if self._table is not None and self.team.size > 1:
+            raise ConfigError(
+                "TRP(runtime=…) measures in one process only, and this model is trained in "
+                f"{self.team.size}: make the plan beforehand, TRP(plan=make_plan(…, runtime=…))"
+            )
+        self._multiple = multiple(options.multiple_of, self._table)
         self._handles: list[Any] = []
         self._finished: Plan | None = None
         self._replans = 0
@@ -208,6 +216,7 @@ class Controller:
             example_inputs=self.example_inputs,
             energies=self.energies,
             guard=options.guard,
+            table=self._table,
         )
         for target in self._targets:
             if plan[target.name].rank is None:
@@ -309,7 +318,8 @@ class Controller:
                 overrides=options.overrides,
                 example_inputs=self.example_inputs,
                 guard=guard,
-                multiple_of=options.multiple_of,
+                multiple_of=self._multiple,
+                runtime=self._table,
             )
         )
         return plan.factorized
@@ -345,8 +355,7 @@ class Controller:
         if reached > self._replans:
             self._replans = reached
             left = (1 - reached / REPLANS) ** 3
-            bounds = {name: f + (1 - f) * left for name, f in budget.bounds().items()}
-            self._adopt(self._plan_for(Budget(**bounds)))
+            self._adopt(self._plan_for(budget.eased(left)))
 
     def _check_finite(self) -> None:
         """Refuse weights that hold NaN or infinity, in one look at all of them."""
@@ -379,7 +388,7 @@ class Controller:
             rule = self._rules[target.name]
 
             def rank(spectrum: Spectrum) -> int:
-                return round_rank(rule.select(spectrum), options.multiple_of, shape.max_rank)
+                return round_rank(rule.select(spectrum), self._multiple, shape.max_rank)
 
             leading = rule.reads == "leading"
             if rule.reads == "shape":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from rankprune.errors import FileError
-from rankprune.serialize import read_bytes, write_atomically
+from rankprune.files import read_bytes, write_atomically
 
 _MAGIC = b"rankprune checkpoint 1\n"
 _MAX_BYTES = 2**40

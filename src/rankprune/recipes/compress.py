@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankprune.budget import Budget
 from rankprune.errors import ConfigError, FileError
 from rankprune.factorize import factorize, low_rank_layers
 from rankprune.plan import Plan
-from rankprune.planner import Budget, make_plan
+from rankprune.planner import make_plan
 from rankprune.ranks import EVBMF, Energy, RankRule, StableRank
 from rankprune.recipes.data import ImageData
 from rankprune.recipes.evaluate import evaluate

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from rankprune.budget import Budget
 from rankprune.errors import ConfigError, FileError, near
-from rankprune.planner import Budget
+from rankprune.files import read_bytes
 from rankprune.ranks import EVBMF, Energy, FixedRank, RankRule, Ratio, StableRank, Threshold
 from rankprune.schemes import SCHEMES
-from rankprune.serialize import read_bytes
 
 _MAX_CONFIG_BYTES = 2**20
 

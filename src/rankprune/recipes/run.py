@@ -13,6 +13,7 @@ from torch import nn
 
 from rankprune.errors import ConfigError, FileError
 from rankprune.factorize import factorize
+from rankprune.files import write_atomically
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
 from rankprune.recipes.batches import Normalise, check_batch
@@ -32,7 +33,7 @@ from rankprune.recipes.train import (
 )
 from rankprune.recipes.weights import load_weights
 from rankprune.report import Report, report
-from rankprune.serialize import save, write_atomically
+from rankprune.serialize import save
 
 CONFIG = "config.yaml"
 REPORT = "report.json"

@@ -18,16 +18,16 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from rankprune.attach import attach
+from rankprune.budget import Budget
 from rankprune.errors import ConfigError, FileError, RankPruneError
+from rankprune.files import write_atomically
 from rankprune.options import TRP
 from rankprune.plan import Plan
-from rankprune.planner import Budget
 from rankprune.recipes.batches import Normalise, check_batch, train_batches
 from rankprune.recipes.checkpoint import read_checkpoint, write_checkpoint
 from rankprune.recipes.config import TrainConfig
 from rankprune.recipes.data import ImageData
 from rankprune.recipes.evaluate import evaluate
-from rankprune.serialize import write_atomically
 from rankprune.training import Controller
 
 CHECKPOINT = "checkpoint.pt"
