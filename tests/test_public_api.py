@@ -52,6 +52,7 @@ PUBLIC = [
     "defactorize",
     "export_onnx",
     "factorize",
+    "fold",
     "load",
     "make_plan",
     "plan_of",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from rankprune.export import export_onnx
     from rankprune.factorize import LowRank, defactorize, factorize, plan_of
+    from rankprune.fold import fold
     from rankprune.latency import LatencyTable
     from rankprune.layers import LayerSpec
     from rankprune.options import TRP
@@ -97,6 +98,7 @@ __all__ = [
     "defactorize",
     "export_onnx",
     "factorize",
+    "fold",
     "load",
     "make_plan",
     "plan_of",
@@ -114,6 +116,7 @@ _MODULES = {
     "NumericsError PlanError RankPruneError",
     "export": "export_onnx",
     "factorize": "LowRank defactorize factorize plan_of",
+    "fold": "fold",
     "latency": "LatencyTable",
     "layers": "LayerSpec",
     "options": "TRP",

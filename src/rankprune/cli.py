@@ -33,7 +33,7 @@ except ImportError:
     raise SystemExit(str(MissingExtraError("the command line", "typer", "cli"))) from None
 
 if TYPE_CHECKING:
-    from rankprune.planner import Budget
+    from rankprune.budget import Budget
     from rankprune.ranks import RankRule
     from rankprune.recipes.train import Progress
 
@@ -317,16 +317,35 @@ def inspect(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run, or its report.json.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of finished runs, or their report.json."),
+    ],
+    html: Annotated[
+        Path | None, typer.Option(help="Write one page with tables and drawings into this file.")
+    ] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Show a finished run's report."""
+    """Show the reports of finished runs; as HTML also compared with each other."""
     with _output(as_json) as show:
         from rankprune.recipes.run import read_report
         from rankprune.report import Report
 
-        document = read_report(run)
-        show(document, Report.from_dict(document))
+        if html is not None and html.exists() and not force:
+            raise FileError(f"{html}: exists already; choose another name or add --force")
+        documents = dict(zip(_run_names(runs), map(read_report, runs), strict=True))
+        reports = {name: Report.from_dict(document) for name, document in documents.items()}
+        if html is not None:
+            from rankprune.files import write_atomically
+            from rankprune.html import to_html
+
+            write_atomically(html, to_html(list(reports.items())).encode())
+            _err.print(f"report written into {html}", markup=False, soft_wrap=True)
+        if len(runs) == 1:
+            show(*documents.values(), *reports.values())
+        else:
+            show({"runs": documents}, *(f"{name}\n\n{text}\n" for name, text in reports.items()))
 
 
 def main() -> None:
@@ -412,7 +431,7 @@ def _options(flags: dict[str, Any], config: Path | None, preset: str | None) -> 
 
 
 def _target(flops: float | None, params: float | None, rank: str | None) -> RankRule | Budget:
-    from rankprune.planner import Budget
+    from rankprune.budget import Budget
     from rankprune.recipes.config import parse_rule
 
     budget = flops is not None or params is not None
@@ -436,6 +455,22 @@ def _shape(text: str | None) -> tuple[int, int, int] | None:
     if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
         raise ConfigError(f"--input-size {text!r}: channels, height, width, such as 3x224x224")
     return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def _run_names(runs: list[Path]) -> list[str]:
+    """What to call each run: its folder or file, or its path where two of them have one name."""
+    paths = [Path(os.path.abspath(run)) for run in runs]
+    homes = [path.parent if path.name == "report.json" else path for path in paths]
+    short = [home.stem if home.suffix == ".json" else home.name for home in homes]
+    names: list[str] = []
+    for run, name in zip(runs, short, strict=True):
+        unique = whole = name if name and short.count(name) == 1 else str(run)
+        number = 1
+        while unique in names:
+            number += 1
+            unique = f"{whole} ({number})"
+        names.append(unique)
+    return names
 
 
 def _spectra_table(rows: list[dict[str, Any]]) -> str:

@@ -101,7 +101,7 @@ def onnx_program(
     _require("onnx", "onnxscript")
     # torch.export takes a batch of one for a constant
     inputs = with_batch(example_inputs, 2) if dynamic_batch else example_inputs
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments(inputs)
     shapes = _dynamic(inputs) if dynamic_batch else None
     with evaluating(model), _quiet():
         try:
@@ -208,7 +208,8 @@ def batch_of(inputs: ExampleInputs) -> int:
     return len(tensor)
 
 
-def _arguments(inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments."""
     if isinstance(inputs, Tensor):
         return (inputs,), {}
     if isinstance(inputs, Mapping):
@@ -224,7 +225,7 @@ def _dynamic(inputs: ExampleInputs) -> Any:
         opened = isinstance(value, Tensor) and value.dim() and len(value) == size
         return {0: batch} if opened else None
 
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments(inputs)
     return pytree.tree_map(shape, kwargs if kwargs else args)
 
 

@@ -116,7 +116,7 @@ def defactorize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         if isinstance(bias, nn.Parameter):
             _set(dense, "bias", bias.detach(), bias)
         dense.train(low_rank.training)
-        _swap(model, name, dense)
+        swap(model, name, dense)
     return model
 
 
@@ -214,7 +214,7 @@ def _place(model: nn.Module, entry: LayerPlan, first: nn.Module, second: nn.Modu
             _set(tail, "bias", bias.detach(), bias)
         low_rank = LowRank(head, tail, entry)
         low_rank.train(dense.training)
-        _swap(model, name, low_rank)
+        swap(model, name, low_rank)
 
 
 def _sharing(module: nn.Module) -> nn.Module:
@@ -240,7 +240,7 @@ def _set(module: nn.Module, name: str, values: Tensor, like: nn.Parameter) -> No
     setattr(module, name, nn.Parameter(own, requires_grad=like.requires_grad))
 
 
-def _swap(model: nn.Module, name: str, new: nn.Module) -> None:
+def swap(model: nn.Module, name: str, new: nn.Module) -> None:
     """Replace a module at every place where the model holds it."""
     old = model.get_submodule(name)
     for parent in model.modules():

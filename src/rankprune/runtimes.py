@@ -182,27 +182,40 @@ class Compiled(Eager):
         return Eager().chain(specs, shape, runtime)
 
 
-class OnnxRuntime(Backend):
+class OnnxBackend(Backend):
+    """A runtime that reads ONNX files."""
+
+    @abstractmethod
+    def load(self, source: Path | bytes, inputs: ExampleInputs, runtime: Runtime) -> Run:
+        """A call that runs an ONNX file, or its content."""
+
+    def model(self, model: nn.Module, inputs: ExampleInputs, runtime: Runtime) -> Run:
+        with tempfile.TemporaryDirectory(prefix="rankprune-") as folder:
+            path = Path(folder, "model.onnx")
+            onnx_program(model, inputs, dynamic_batch=False).save(path)
+            return self.load(path, inputs, runtime)
+
+    def chain(self, specs: Sequence[LayerSpec], shape: tuple[int, ...], runtime: Runtime) -> Run:
+        inputs = torch.randn(shape)
+        content = _chain_onnx(specs, shape)
+        if content is None:
+            return self.model(random_chain(specs), inputs, runtime)
+        return self.load(content, inputs, runtime)
+
+
+class OnnxRuntime(OnnxBackend):
     """ONNX Runtime on the CPU."""
 
     name = "onnxruntime"
     packages = ("onnxruntime", "onnx", "onnxscript")
     extra = "onnx"
 
-    def model(self, model: nn.Module, inputs: ExampleInputs, runtime: Runtime) -> Run:
-        with _exported(model, inputs) as path:
-            session = onnx_session(path, runtime.threads)
+    def load(self, source: Path | bytes, inputs: ExampleInputs, runtime: Runtime) -> Run:
+        session = onnx_session(source, runtime.threads)
         return functools.partial(session.run, None, feed(inputs, session))
 
-    def chain(self, specs: Sequence[LayerSpec], shape: tuple[int, ...], runtime: Runtime) -> Run:
-        content = _chain_onnx(specs, shape)
-        if content is None:
-            return self.model(random_chain(specs), torch.randn(shape), runtime)
-        session = onnx_session(content, runtime.threads)
-        return functools.partial(session.run, None, feed(torch.randn(shape), session))
 
-
-class OpenVino(Backend):
+class OpenVino(OnnxBackend):
     """OpenVINO on the CPU."""
 
     name = "openvino"
@@ -210,21 +223,12 @@ class OpenVino(Backend):
     extra = "openvino"
     precisions = ("fp32", "bf16", "fp16")
 
-    def model(self, model: nn.Module, inputs: ExampleInputs, runtime: Runtime) -> Run:
-        with _exported(model, inputs) as path:
-            return self._run(path, inputs, runtime)
-
-    def chain(self, specs: Sequence[LayerSpec], shape: tuple[int, ...], runtime: Runtime) -> Run:
-        content = _chain_onnx(specs, shape)
-        if content is None:
-            return self.model(random_chain(specs), torch.randn(shape), runtime)
-        return self._run(content, torch.randn(shape), runtime)
-
-    def _run(self, source: Path | bytes, inputs: ExampleInputs, runtime: Runtime) -> Run:
+    def load(self, source: Path | bytes, inputs: ExampleInputs, runtime: Runtime) -> Run:
         import openvino
 
         core = openvino.Core()
         network = core.read_model(source if isinstance(source, bytes) else str(source))
+        names = {"fp32": "f32", "fp16": "f16"}
         compiled = core.compile_model(
             network,
             "CPU",
@@ -232,9 +236,7 @@ class OpenVino(Backend):
                 "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_NUM_THREADS": runtime.threads,
                 # it rounds to bf16 by itself where the CPU has it
-                "INFERENCE_PRECISION_HINT": {"fp32": "f32", "fp16": "f16"}.get(
-                    runtime.precision, runtime.precision
-                ),
+                "INFERENCE_PRECISION_HINT": names.get(runtime.precision, runtime.precision),
             },
         )
         request = compiled.create_infer_request()
@@ -328,15 +330,6 @@ def _chain_onnx(specs: Sequence[LayerSpec], shape: tuple[int, ...]) -> bytes | N
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     return model.SerializeToString()
-
-
-@contextlib.contextmanager
-def _exported(model: nn.Module, inputs: ExampleInputs) -> Iterator[Path]:
-    """The network in a temporary ONNX file, at the batch of its inputs."""
-    with tempfile.TemporaryDirectory(prefix="rankprune-") as folder:
-        path = Path(folder, "model.onnx")
-        onnx_program(model, inputs, dynamic_batch=False).save(path)
-        yield path
 
 
 @contextlib.contextmanager

@@ -49,19 +49,24 @@ def format_change(dense: int | None, compact: int | None) -> str:
     return f"{format_count(dense)} → {format_count(compact)}{factor}"
 
 
+def format_ms(value: float) -> str:
+    """A time in milliseconds, to three digits.
+
+    >>> format_ms(18.24), format_ms(0.5), format_ms(12345.6)
+    ('18.2 ms', '0.5 ms', '12346 ms')
+    """
+    return f"{value:.0f} ms" if 999.5 <= value < 1e6 else f"{value:.3g} ms"
+
+
 def format_times(dense: float | None, compact: float | None) -> str:
-    """Milliseconds as `dense → compact (factor)`, or the dense time alone where nothing changes.
+    """`dense → compact (factor)` in milliseconds, or the dense time alone where nothing changes.
 
     >>> format_times(18.21, 9.1), format_times(0.5, 0.5), format_times(None, None)
-    ('18.2 → 9.10 ms (2.00×)', '0.500 ms', '')
+    ('18.2 ms → 9.1 ms (2.00×)', '0.5 ms', '')
     """
     if dense is None or compact is None:
         return ""
     if dense == compact:
-        return f"{_three_digits(dense)} ms"
+        return format_ms(dense)
     factor = f" ({dense / compact:.2f}×)" if compact else ""
-    return f"{_three_digits(dense)} → {_three_digits(compact)} ms{factor}"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
+    return f"{format_ms(dense)} → {format_ms(compact)}{factor}"
