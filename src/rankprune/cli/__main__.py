@@ -1,0 +1,5 @@
+"""`python -m rankprune.cli`."""
+
+from rankprune.cli import main
+
+main()

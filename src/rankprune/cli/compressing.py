@@ -1,0 +1,181 @@
+"""`rankprune compress`, `eval` and `inspect`: what needs no training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rankprune.cli.shared import (
+    Classes,
+    Data,
+    DataRoot,
+    Download,
+    DryRun,
+    Flops,
+    Force,
+    ImageSize,
+    InputSize,
+    Json,
+    Model,
+    Multiple,
+    Out,
+    Params,
+    Rank,
+    Scheme,
+    Weights,
+    app,
+    err,
+    output,
+    read_images,
+    read_shape,
+    read_target,
+)
+from rankprune.errors import ConfigError, FileError
+
+
+@app.command()
+def compress(
+    out: Out,
+    weights: Weights = None,
+    model: Model = None,
+    scheme: Scheme = None,
+    flops: Flops = None,
+    params: Params = None,
+    rank: Rank = None,
+    multiple_of: Multiple = 1,
+    input_size: InputSize = None,
+    classes: Classes = None,
+    data: Data = None,
+    data_root: DataRoot = "data",
+    download: Download = False,
+    image_size: ImageSize = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Decompose trained weights to a budget or by a rank rule, without training."""
+    with output(as_json) as show:
+        from rankprune.recipes import compress as recipe
+        from rankprune.serialize import save
+
+        target = read_target(flops, params, rank)
+        if not dry_run:
+            recipe.require_free(out, force=force)
+        images = read_images(data, data_root, download, image_size)
+        source = recipe.open_source(
+            weights, model=model, shape=read_shape(input_size), classes=classes, data=images
+        )
+        compact, plan, report = recipe.compress(
+            source, target, scheme=scheme or "auto", multiple_of=multiple_of, data=images
+        )
+        if not dry_run:
+            save(compact, out, plan=plan, metadata=source.metadata, overwrite=force)
+        show(report.to_dict(), f"{plan}\n\n" + "\n".join(report.totals()))
+
+
+@app.command(name="eval")
+def evaluate(
+    weights: Annotated[Path, typer.Argument(help="Saved folder or weights file.")],
+    data: Annotated[str, typer.Option(help="Data set to evaluate on.")],
+    model: Model = None,
+    data_root: DataRoot = "data",
+    download: Download = False,
+    image_size: ImageSize = None,
+    part: Annotated[str, typer.Option(help="test, val or train.")] = "test",
+    as_json: Json = False,
+) -> None:
+    """Accuracy of saved weights on a data set, in fp32."""
+    with output(as_json) as show:
+        import torch
+
+        from rankprune.profile import count_bytes, profile
+        from rankprune.recipes.compress import normalised_as, open_source
+        from rankprune.recipes.evaluate import evaluate as measure
+
+        if part not in ("test", "val", "train"):
+            raise ConfigError(f"--part {part!r}: test, val or train")
+        images = read_images(data, data_root, download, image_size)
+        assert images is not None
+        source = open_source(weights, model=model, data=images)
+        images = normalised_as(images, source.metadata)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        network = source.model.to(device)
+        result: dict[str, Any] = dict(
+            measure(network, getattr(images, part), images, device=device)
+        )
+        cost = profile(network, source.example_inputs().to(device))
+        result |= {"params": cost.params, "flops": cost.flops, "bytes": count_bytes(network)}
+        show(
+            result,
+            f"accuracy {result['accuracy']:.2%}, top-5 {result['top5']:.2%}, loss "
+            f"{result['loss']:.4f} on {result['images']} images; {cost.params:,} parameters, "
+            f"{cost.flops:,} FLOPs",
+        )
+
+
+@app.command()
+def inspect(
+    weights: Weights = None,
+    model: Model = None,
+    scheme: Scheme = None,
+    flops: Flops = None,
+    params: Params = None,
+    rank: Rank = None,
+    multiple_of: Multiple = 1,
+    input_size: InputSize = None,
+    classes: Classes = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the spectra into this PNG.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Each layer's spectrum and effective ranks, and what a budget or rule would do."""
+    with output(as_json) as show:
+        from rankprune.planner import make_plan
+        from rankprune.recipes import compress as recipe
+
+        if plot is not None and plot.exists() and not force:
+            raise FileError(f"{plot}: exists already; choose another name or add --force")
+        source = recipe.open_source(
+            weights, model=model, shape=read_shape(input_size), classes=classes
+        )
+        rows = recipe.inspect_layers(source, scheme or "auto")
+        document: dict[str, Any] = {"layers": rows}
+        parts: list[Any] = [_spectra_table(rows)]
+        if flops is not None or params is not None or rank is not None:
+            plan = make_plan(
+                source.model,
+                read_target(flops, params, rank),
+                scheme=scheme or "auto",
+                example_inputs=source.example_inputs(),
+                multiple_of=multiple_of,
+            )
+            document["plan"] = json.loads(plan.to_json())
+            parts.append(str(plan))
+        if plot is not None:
+            recipe.plot_spectra(rows, plot)
+            err.print(f"spectra drawn into {plot}")
+        show(document, *parts)
+
+
+def _spectra_table(rows: list[dict[str, Any]]) -> str:
+    from rankprune.tables import format_table
+
+    columns = {
+        "layer": "name",
+        "type": "type",
+        "scheme": "scheme",
+        "matrix": "matrix",
+        "max rank": "max_rank",
+        "break-even": "break_even",
+        "stable": "stable_rank",
+        "effective": "effective_rank",
+        "90 %": "energy_90",
+        "98 %": "energy_98",
+        "EVBMF": "evbmf",
+        "dense because": "reason",
+    }
+    cells = [[str(row.get(key, "")) for key in columns.values()] for row in rows]
+    return format_table([list(columns), *cells])
