@@ -1,21 +1,30 @@
-"""The examples run, and add no more than three lines to a loop."""
+"""The examples run; those that train in a framework add no more than three lines to its loop."""
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+
+import rankprune as rp
+from rankprune.factorize import plan_of
 
 FOLDER = Path(__file__).parents[1] / "examples"
-EXAMPLES = sorted(path.name for path in FOLDER.glob("*.py"))
+EXAMPLES = ["accelerate_loop.py", "hf_trainer.py", "lightning_trainer.py", "plain_pytorch.py"]
+INT8 = {
+    "int8_onnxruntime.py": ("onnx", "onnxscript", "onnxruntime"),
+    "int8_torchao.py": ("torchao",),
+}
 
 
-def test_there_is_one_for_each_framework() -> None:
-    expected = ["accelerate_loop.py", "hf_trainer.py", "lightning_trainer.py", "plain_pytorch.py"]
-    assert expected == EXAMPLES
+def test_there_is_one_for_each_framework_and_for_each_way_to_int8() -> None:
+    assert sorted([*EXAMPLES, *INT8]) == sorted(path.name for path in FOLDER.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -33,9 +42,73 @@ def test_at_most_three_lines_are_added(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_it_runs_and_the_compact_model_is_as_accurate(name: str, tmp_path: Path) -> None:
+    printed = run(name, tmp_path)
+    accuracies = re.search(r"projected ([\d.]+)%, compact ([\d.]+)%", printed)
+    assert accuracies is not None, printed
+    projected, compact = map(float, accuracies.groups())
+    assert projected >= 90
+    # a picture on the brink may tip over
+    assert abs(projected - compact) <= 0.2
+    flops = re.search(r"^FLOPs +\S+ → \S+ \(([\d.]+)×\)$", printed, re.MULTILINE)
+    assert flops is not None, printed
+    assert float(flops[1]) >= 2.4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", INT8)
+def test_int8_keeps_the_accuracy_in_a_third_of_the_file(name: str, tmp_path: Path) -> None:
+    for package in INT8[name]:
+        pytest.importorskip(package, reason=f"{name} needs {package}")
+    printed = run(name, tmp_path)
+    rows = {
+        label: (float(accuracy), float(size))
+        for label, accuracy, size in re.findall(
+            r"^(\S+ \S+) +([\d.]+)% +(\d+)kB +[\d.]+×$", printed, re.MULTILINE
+        )
+    }
+    dense, compact = rows.pop("fp32 dense"), rows.pop("fp32 compact")
+    assert dense[0] >= 94
+    assert compact[0] >= dense[0] - 2
+    assert compact[1] < 0.55 * dense[1]
+    assert rows
+    for accuracy, size in rows.values():
+        assert accuracy >= compact[0] - 1
+        assert size < 0.4 * compact[1]
+
+
+@pytest.mark.parametrize(
+    "config", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"]
+)
+def test_torchao_quantises_the_factors(config: str) -> None:
+    """They are plain linear layers to it, and their LowRank layers are what they were."""
+    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128)).eval()
+    plan = rp.make_plan(model, rp.FixedRank(16))
+    compact = rp.factorize(model, plan)
+    quantised = copy.deepcopy(compact)
+    quantization.quantize_(quantised, getattr(quantization, config)())
+
+    for name in ("0", "2"):
+        layer = quantised.get_submodule(name)
+        assert type(layer) is rp.LowRank
+        assert [type(factor) for factor in layer] == [nn.Linear, nn.Linear]
+        assert {type(factor.weight).__name__ for factor in layer} == {"Int8Tensor"}
+    assert plan_of(quantised) == plan_of(compact)
+
+    x = torch.randn(32, 64)
+    with torch.no_grad():
+        exact, answers = compact(x), quantised(x)
+        assert torch.equal(copy.deepcopy(quantised)(x), answers)
+    error = (answers - exact).norm() / exact.norm()
+    assert 0 < error < 0.03
+
+
+def run(name: str, folder: Path) -> str:
+    """What an example prints; it leaves nothing behind."""
     done = subprocess.run(
         [sys.executable, str(FOLDER / name)],
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
         encoding="utf-8",
@@ -43,13 +116,5 @@ def test_it_runs_and_the_compact_model_is_as_accurate(name: str, tmp_path: Path)
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    accuracies = re.search(r"projected ([\d.]+)%, compact ([\d.]+)%", done.stdout)
-    assert accuracies is not None, done.stdout
-    projected, compact = map(float, accuracies.groups())
-    assert projected >= 90
-    # a picture on the brink may tip over
-    assert abs(projected - compact) <= 0.2
-    flops = re.search(r"^FLOPs +\S+ → \S+ \(([\d.]+)×\)$", done.stdout, re.MULTILINE)
-    assert flops is not None, done.stdout
-    assert float(flops[1]) >= 2.4
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
+    return done.stdout

@@ -147,46 +147,61 @@ def spend_time(
     Raises:
         BudgetError: no choice keeps to the budget.
     """
-    gain, margin, measured, fraction = 1.0, 1.0, False, 1.0
+    gain, margin, fastest = 1.0, 1.0, math.inf
     best: tuple[float, list[Option], tuple[float, float]] | None = None
-    for _ in range(_ROUNDS):
+    refusal: BudgetError | None = None
+    for attempt in range(_ROUNDS):
         bound, now = _relative(budget, clock.dense_ms)
-        aim = replace(now, latency=bound * _AIM) if budget.timed else now
-        faster = [[o for o in group if is_faster(o.layer, margin)] for group in groups]
+        aim = replace(now, latency=bound * _AIM) if bound < 1 else now
+        # a layer that has no choice stays as it is, whatever it takes
+        faster = [[o for o in group if is_faster(o.layer, margin)] or group for group in groups]
         kept = True
         try:
             chosen = spend(faster, aim, {**dense, "latency": clock.dense_ms}, gain)
-        except BudgetError:
-            if measured or not budget.timed:
-                raise
+        except BudgetError as error:
+            refusal = error
+            if attempt or bound == 1:
+                break
             # layers alone may promise too little: see what the fastest network really takes
             chosen = [min(group, key=lambda o: _cost(o, "latency")) for group in faster]
-            kept = False
-        measured = True
+            kept = _keeps(chosen, now, dense)
         clock.measure([option.layer for option in chosen])
         bound, _ = _relative(budget, clock.dense_ms)
         fraction = clock.compact_ms / clock.dense_ms
+        fastest = min(fastest, fraction if kept else math.inf)
         loss = sum(option.loss for option in chosen)
         if kept and fraction <= bound and (best is None or loss < best[0]):
             best = loss, chosen, (clock.dense_ms, clock.compact_ms)
-        used = not budget.timed or fraction >= bound * (1 - _UNUSED)
+        used = bound == 1 or fraction >= bound * (1 - _UNUSED)
         if kept and fraction <= bound and used:
             break
         alone = sum(_saved(option, "latency") for option in chosen)
         if not alone:
             break
-        if budget.timed:
+        if bound < 1:
             gain = max((clock.dense_ms - clock.compact_ms) / alone, 0.01)
         else:
             margin *= _STRICTER
-    if best is None:
-        raise BudgetError(
-            f"no plan that was measured keeps to latency={bound:.3g}: the last one takes "
-            f"{fraction:.3f} of the dense network's time on {clock.runtime.backend}",
-            {"latency": fraction},
-        )
-    clock.dense_ms, clock.compact_ms = best[2]
-    return best[1]
+    if best is not None:
+        clock.dense_ms, clock.compact_ms = best[2]
+        return best[1]
+    if refusal is not None and fastest == math.inf:
+        raise refusal
+    raise BudgetError(
+        f"no plan that was measured keeps to latency={bound:.3g}: the fastest takes "
+        f"{fastest:.3f} of the dense network's time on {clock.runtime.backend}",
+        {"latency": fastest},
+    )
+
+
+def _keeps(chosen: Sequence[Option], budget: Budget, dense: Mapping[str, float]) -> bool:
+    """Whether a choice keeps to all bounds but those on time."""
+    return all(
+        dense[quantity] - sum(_saved(option, quantity) for option in chosen)
+        <= fraction * dense[quantity]
+        for quantity, fraction in budget.bounds().items()
+        if quantity in dense
+    )
 
 
 def _relative(budget: Budget, dense_ms: float) -> tuple[float, Budget]:

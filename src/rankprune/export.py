@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rankprune.errors import ConfigError, ExportError, MissingExtraError
+from rankprune.errors import ConfigError, ExportError, MissingExtraError, RankPruneError
 from rankprune.files import commit, reporting
 from rankprune.profile import ExampleInputs, call, evaluating
 
@@ -102,7 +103,7 @@ def onnx_program(
     # torch.export takes a batch of one for a constant
     inputs = with_batch(example_inputs, 2) if dynamic_batch else example_inputs
     args, kwargs = arguments(inputs)
-    shapes = _dynamic(inputs) if dynamic_batch else None
+    shapes = _dynamic(example_inputs) if dynamic_batch else None
     with evaluating(model), _quiet():
         try:
             program = torch.onnx.export(
@@ -115,10 +116,9 @@ def onnx_program(
                 verbose=False,
             )
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [""])[0]
             raise ExportError(
-                f"torch cannot export {type(model).__name__} to ONNX: {type(error).__name__}: "
-                f"{reason}" + ("; try dynamic_batch=False" if dynamic_batch else "")
+                f"torch cannot export {type(model).__name__} to ONNX: {_reason(error)}"
+                + ("; try dynamic_batch=False" if dynamic_batch else "")
             ) from error
     assert program is not None
     return program
@@ -138,17 +138,29 @@ def onnx_difference(
     inputs = example_inputs if batch is None else with_batch(example_inputs, batch)
     with evaluating(model), torch.no_grad():
         expected = _tensors(call(model, inputs))
-    session = onnx_session(path)
-    received = session.run(None, feed(inputs, session))
+    try:
+        session = onnx_session(path)
+        received = session.run(None, feed(inputs, session))
+    except RankPruneError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"ONNX Runtime cannot run what torch exported on a batch of {batch_of(inputs)}: "
+            f"{_first_line(error)}"
+        ) from error
     if len(expected) != len(received):
         raise ExportError(f"{len(received)} outputs in ONNX, {len(expected)} in torch")
     worst = 0.0
     for ours, theirs in zip(expected, received, strict=True):
-        difference = (torch.as_tensor(theirs).double() - ours.double().cpu()).abs().max()
-        largest = float(ours.abs().max())
-        worst = max(worst, float(difference) / (largest or 1.0))
-        if not torch.isfinite(difference):
-            return float("inf")
+        if theirs.shape != ours.shape:
+            raise ExportError(f"an output is {theirs.shape} in ONNX, {tuple(ours.shape)} in torch")
+        if not ours.numel():
+            continue
+        wanted = ours.double().cpu()
+        difference = float((torch.as_tensor(theirs).double() - wanted).abs().max())
+        if not math.isfinite(difference):
+            return math.inf
+        worst = max(worst, difference / (float(wanted.abs().max()) or 1.0))
     return worst
 
 
@@ -194,7 +206,8 @@ def with_batch(inputs: ExampleInputs, batch: int) -> Any:
         rows = value[torch.arange(batch, device=value.device) % size]
         if rows.is_floating_point():
             noise = torch.randn(rows.shape, generator=generator)
-            rows = rows + 0.1 * rows.std() * noise.to(rows)
+            magnitude = rows.abs().mean()
+            rows = rows + 0.1 * torch.where(magnitude > 0, magnitude, 1.0) * noise.to(rows)
         return rows
 
     return pytree.tree_map(resize, inputs if not isinstance(inputs, Mapping) else dict(inputs))
@@ -233,6 +246,16 @@ def _tensors(values: Any) -> list[Tensor]:
     if isinstance(values, Mapping):
         values = dict(values)
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first: torch wraps it in pages of advice."""
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {_first_line(cause)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _require(*packages: str) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.errors import ConfigError, MissingExtraError, near
+from rankprune.errors import ConfigError, ExportError, MissingExtraError, near
 from rankprune.export import feed, onnx_program, onnx_session
 from rankprune.layers import LayerSpec
 from rankprune.profile import ExampleInputs, call
@@ -43,13 +43,14 @@ class Runtime:
         backend: "onnxruntime", "openvino", "compile" (torch.compile) or "eager".
         threads: that an operator may use; None for torch's present number.
         precision: "fp32", or "bf16" and "fp16" where the backend has them.
-
-    The two torch backends run where the example inputs are, the others on the CPU.
+        device: "cpu", or for the two torch backends also a GPU, such as "cuda", on which the model
+            and the example inputs must be.
     """
 
     backend: str = "onnxruntime"
     threads: int | None = None
     precision: str = "fp32"
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -62,6 +63,8 @@ class Runtime:
             raise ConfigError(
                 f"{self.backend} measures in {', '.join(offered)}, not in {self.precision!r}"
             )
+        if self.device != "cpu" and not isinstance(BACKENDS[self.backend], Eager):
+            raise ConfigError(f"{self.backend} measures on the CPU, not on {self.device!r}")
 
     def resolved(self) -> Runtime:
         """The same runtime with the number of threads that it stands for."""
@@ -69,6 +72,7 @@ class Runtime:
             backend=self.backend,
             threads=self.threads or torch.get_num_threads(),
             precision=self.precision,
+            device=self.device,
         )
 
     def prepare(self, model: nn.Module, example_inputs: ExampleInputs) -> Run:
@@ -90,7 +94,7 @@ class Runtime:
 
     def environment(self) -> dict[str, Any]:
         """What a measurement depends on: device, versions, threads, precision."""
-        return {**asdict(self.resolved()), "device": _device(), **self._backend().versions()}
+        return {**asdict(self.resolved()), "hardware": _hardware(), **self._backend().versions()}
 
     def fingerprint(self) -> str:
         """A short name of the environment."""
@@ -141,11 +145,18 @@ class Eager(Backend):
 
     def model(self, model: nn.Module, inputs: ExampleInputs, runtime: Runtime) -> Run:
         dtype = _DTYPES[runtime.precision]
+        places = {t.device.type for t in (*_leaves(inputs), *model.parameters())}
+        if places - {torch.device(runtime.device).type}:
+            raise ConfigError(
+                f"the model and its inputs are on {' and '.join(sorted(places))}, but "
+                f"Runtime(device={runtime.device!r}) measures there"
+            )
         network = model
-        if dtype != torch.float32 or any(module.training for module in model.modules()):
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        if dtypes - {dtype} or any(module.training for module in model.modules()):
             network = copy.deepcopy(model).eval().to(dtype)
         cast = _cast(inputs, dtype)
-        on_gpu = any(t.is_cuda for t in _leaves(inputs))
+        on_gpu = "cuda" in places
         ready = self.ready(network)
 
         def run() -> Any:
@@ -161,7 +172,8 @@ class Eager(Backend):
         return network
 
     def chain(self, specs: Sequence[LayerSpec], shape: tuple[int, ...], runtime: Runtime) -> Run:
-        return self.model(random_chain(specs), torch.randn(shape), runtime)
+        chain = random_chain(specs).to(runtime.device)
+        return self.model(chain, random_input(shape).to(runtime.device), runtime)
 
 
 class Compiled(Eager):
@@ -196,7 +208,7 @@ class OnnxBackend(Backend):
             return self.load(path, inputs, runtime)
 
     def chain(self, specs: Sequence[LayerSpec], shape: tuple[int, ...], runtime: Runtime) -> Run:
-        inputs = torch.randn(shape)
+        inputs = random_input(shape)
         content = _chain_onnx(specs, shape)
         if content is None:
             return self.model(random_chain(specs), inputs, runtime)
@@ -227,18 +239,20 @@ class OpenVino(OnnxBackend):
         import openvino
 
         core = openvino.Core()
-        network = core.read_model(source if isinstance(source, bytes) else str(source))
         names = {"fp32": "f32", "fp16": "f16"}
-        compiled = core.compile_model(
-            network,
-            "CPU",
-            {
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": runtime.threads,
-                # it rounds to bf16 by itself where the CPU has it
-                "INFERENCE_PRECISION_HINT": names.get(runtime.precision, runtime.precision),
-            },
-        )
+        options = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": runtime.threads,
+            # it rounds to bf16 by itself where the CPU has it
+            "INFERENCE_PRECISION_HINT": names.get(runtime.precision, runtime.precision),
+        }
+        try:
+            network = core.read_model(source if isinstance(source, bytes) else str(source))
+            compiled = core.compile_model(network, "CPU", options)
+        except RuntimeError as error:  # circular padding, for one
+            raise ExportError(
+                f"OpenVINO cannot read what torch exported: {str(error).strip().splitlines()[-1]}"
+            ) from error
         request = compiled.create_infer_request()
         tensors = [t.detach().cpu().numpy() for t in _leaves(inputs)]
         return functools.partial(request.infer, dict(enumerate(tensors)))
@@ -265,6 +279,11 @@ def alternate(calls: Mapping[Any, Run], rounds: int) -> dict[Any, list[float]]:
     return seconds
 
 
+def random_input(shape: Sequence[int]) -> Tensor:
+    """An input of this shape; the global random state stays as it is."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
+
+
 def random_chain(specs: Sequence[LayerSpec]) -> nn.Sequential:
     """Layers in a row, with random weights."""
     chain = nn.Sequential(*(spec.build() for spec in specs))
@@ -274,10 +293,14 @@ def random_chain(specs: Sequence[LayerSpec]) -> nn.Sequential:
 
 @torch.no_grad()
 def fill_randomly(module: nn.Module) -> None:
-    """Weights that keep activations of ordinary size: denormal numbers would be slow."""
-    for parameter in module.parameters():
+    """Weights that keep activations of ordinary size: denormal numbers would be slow.
+
+    The global random state stays as it is: measuring must not change a training run.
+    """
+    for index, parameter in enumerate(module.parameters()):
+        generator = torch.Generator(parameter.device).manual_seed(index)
         fan_in = max(math.prod(parameter.shape[1:]), 1)
-        parameter.normal_(std=1 / math.sqrt(fan_in))
+        parameter.normal_(std=1 / math.sqrt(fan_in), generator=generator)
 
 
 def _chain_onnx(specs: Sequence[LayerSpec], shape: tuple[int, ...]) -> bytes | None:
@@ -290,6 +313,8 @@ def _chain_onnx(specs: Sequence[LayerSpec], shape: tuple[int, ...]) -> bytes | N
     nodes, weights, last = [], [], "x"
     for index, (spec, layer) in enumerate(zip(specs, random_chain(specs), strict=True)):
         if spec.padding_mode != "zeros" or isinstance(spec.padding, str):
+            return None
+        if spec.dims and len(shape) != spec.dims + 2:  # without a batch
             return None
         inputs = [last, f"w{index}"]
         assert isinstance(layer.weight, Tensor)
@@ -375,11 +400,12 @@ def _version(package: str) -> str:
         return "?"
 
 
-def _device() -> str:
-    """The processor's own name, where the system tells it."""
+def _hardware() -> str:
+    """The processor's own name, where the system tells it, and its vector instructions."""
+    names = [_processor(), torch.backends.cpu.get_cpu_capability()]
     if torch.cuda.is_available():
-        return f"{_processor()}, {torch.cuda.get_device_name()}"
-    return _processor()
+        names.append(torch.cuda.get_device_name())
+    return ", ".join(names)
 
 
 @functools.cache

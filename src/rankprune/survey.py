@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rankprune.layers import LayerSpec
 from rankprune.linalg import check_finite, singular_values
 from rankprune.profile import Profile, factor_flops
 from rankprune.ranks import Spectrum
 from rankprune.schemes import Scheme
-from rankprune.sharded import full_tensor
+from rankprune.sharded import full_tensor, is_sharded
 
 # These read their sub-layers' weights directly, so a replaced sub-layer would never be called.
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -150,8 +151,8 @@ def survey(model: nn.Module, cost: Profile | None = None) -> list[Site]:
     return sites
 
 
-def _type(module: nn.Module) -> str:
-    return type(module).__name__
+def _type(value: object) -> str:
+    return type(value).__name__
 
 
 def _obstacle(module: nn.Module, spec: LayerSpec | None, parent: nn.Module | None) -> str:
@@ -166,6 +167,8 @@ def _obstacle(module: nn.Module, spec: LayerSpec | None, parent: nn.Module | Non
         return "weight is not a parameter (weight_norm or pruning is active)"
     if not weight.is_floating_point():
         return f"weight has dtype {str(weight.dtype).removeprefix('torch.')}"
+    if is_traceable_wrapper_subclass(weight) and not is_sharded(weight):
+        return f"the weight is quantised ({_type(weight)}); factorise first, then quantise"
     if isinstance(parent, _READS_WEIGHTS):
         return f"{_type(parent)} reads this weight directly"
     return ""

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from rankprune.cli.shared import (
+    Backend,
+    Batch,
     Classes,
     Data,
     DataRoot,
@@ -19,17 +21,20 @@ from rankprune.cli.shared import (
     ImageSize,
     InputSize,
     Json,
+    Latency,
     Model,
     Multiple,
     Out,
     Params,
     Rank,
     Scheme,
+    Threads,
     Weights,
     app,
     err,
     output,
     read_images,
+    read_runtime,
     read_shape,
     read_target,
 )
@@ -44,8 +49,12 @@ def compress(
     scheme: Scheme = None,
     flops: Flops = None,
     params: Params = None,
+    latency: Latency = None,
     rank: Rank = None,
-    multiple_of: Multiple = 1,
+    backend: Backend = None,
+    threads: Threads = None,
+    batch: Batch = 1,
+    multiple_of: Multiple = None,
     input_size: InputSize = None,
     classes: Classes = None,
     data: Data = None,
@@ -61,15 +70,22 @@ def compress(
         from rankprune.recipes import compress as recipe
         from rankprune.serialize import save
 
-        target = read_target(flops, params, rank)
+        target = read_target(flops, params, latency, rank)
         if not dry_run:
             recipe.require_free(out, force=force)
         images = read_images(data, data_root, download, image_size)
         source = recipe.open_source(
             weights, model=model, shape=read_shape(input_size), classes=classes, data=images
         )
+        table = read_runtime(backend, threads, needed=latency is not None)
         compact, plan, report = recipe.compress(
-            source, target, scheme=scheme or "auto", multiple_of=multiple_of, data=images
+            source,
+            target,
+            scheme=scheme or "auto",
+            multiple_of=multiple_of,
+            runtime=table,
+            batch=batch,
+            data=images,
         )
         if not dry_run:
             save(compact, out, plan=plan, metadata=source.metadata, overwrite=force)
@@ -123,8 +139,12 @@ def inspect(
     scheme: Scheme = None,
     flops: Flops = None,
     params: Params = None,
+    latency: Latency = None,
     rank: Rank = None,
-    multiple_of: Multiple = 1,
+    backend: Backend = None,
+    threads: Threads = None,
+    batch: Batch = 1,
+    multiple_of: Multiple = None,
     input_size: InputSize = None,
     classes: Classes = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the spectra into this PNG.")] = None,
@@ -144,13 +164,14 @@ def inspect(
         rows = recipe.inspect_layers(source, scheme or "auto")
         document: dict[str, Any] = {"layers": rows}
         parts: list[Any] = [_spectra_table(rows)]
-        if flops is not None or params is not None or rank is not None:
+        if any(bound is not None for bound in (flops, params, latency, rank)):
             plan = make_plan(
                 source.model,
-                read_target(flops, params, rank),
+                read_target(flops, params, latency, rank),
                 scheme=scheme or "auto",
-                example_inputs=source.example_inputs(),
+                example_inputs=source.example_inputs(batch),
                 multiple_of=multiple_of,
+                runtime=read_runtime(backend, threads, needed=latency is not None),
             )
             document["plan"] = json.loads(plan.to_json())
             parts.append(str(plan))

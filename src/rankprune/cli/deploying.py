@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from rankprune.cli.shared import Force, Json, app, err, output
+from rankprune.cli.shared import (
+    Batch,
+    Classes,
+    Force,
+    InputSize,
+    Json,
+    Model,
+    Threads,
+    app,
+    err,
+    output,
+    read_shape,
+)
 from rankprune.errors import FileError
 
 
@@ -43,6 +55,82 @@ def report(
             show(*documents.values(), *reports.values())
         else:
             show({"runs": documents}, *(f"{name}\n\n{text}\n" for name, text in reports.items()))
+
+
+@app.command()
+def bench(
+    weights: Annotated[Path, typer.Argument(help="Folder of a compressed model.")],
+    model: Model = None,
+    input_size: InputSize = None,
+    batch: Batch = 1,
+    threads: Threads = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="onnxruntime, openvino, compile, eager; none: all that are installed."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of timed calls, for each backend.")] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """Time a compressed model against its dense self on every installed runtime."""
+    with output(as_json) as show:
+        from rankprune.recipes.bench import bench as measure
+        from rankprune.recipes.bench import bench_table
+        from rankprune.recipes.compress import open_source
+
+        source = open_source(weights, model=model, shape=read_shape(input_size))
+        result = measure(
+            source.model,
+            example_inputs=source.example_inputs(batch),
+            backends=backend or (),
+            threads=threads,
+            seconds=seconds,
+            note=lambda text: err.print(text, markup=False, soft_wrap=True),
+        )
+        show(result, bench_table(result))
+
+
+@app.command()
+def export(
+    weights: Annotated[Path, typer.Argument(help="Saved folder or weights file.")],
+    out: Annotated[Path, typer.Option(help="The ONNX file to write.")],
+    model: Model = None,
+    input_size: InputSize = None,
+    classes: Classes = None,
+    opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Fix the batch to this; none leaves it open.")
+    ] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model as ONNX, folded, and proven against torch in ONNX Runtime."""
+    with output(as_json) as show:
+        from rankprune.export import OPSET, export_onnx
+        from rankprune.fold import fold
+        from rankprune.recipes.compress import open_source
+
+        if out.exists() and not force:
+            raise FileError(f"{out}: exists already; choose another name or add --force")
+        source = open_source(weights, model=model, shape=read_shape(input_size), classes=classes)
+        inputs = source.example_inputs(batch or 1)
+        network = fold(source.model, example_inputs=inputs)
+        difference = export_onnx(
+            network, out, example_inputs=inputs, dynamic_batch=batch is None, opset=opset or OPSET
+        )
+        size = out.stat().st_size
+        document = {
+            "file": str(out),
+            "bytes": size,
+            "opset": opset or OPSET,
+            "dynamic_batch": batch is None,
+            "difference": difference,
+        }
+        show(
+            document,
+            f"{out}: {size:,} bytes, opset {opset or OPSET}, batch "
+            f"{'open' if batch is None else batch}; ONNX Runtime and torch differ by "
+            f"{difference:.1e} of the largest output",
+        )
 
 
 def _run_names(runs: list[Path]) -> list[str]:

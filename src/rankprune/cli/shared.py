@@ -27,6 +27,7 @@ except ImportError:
 
 if TYPE_CHECKING:
     from rankprune.budget import Budget
+    from rankprune.latency import LatencyTable
     from rankprune.ranks import RankRule
     from rankprune.recipes.progress import RichProgress
 
@@ -56,10 +57,25 @@ Rank = Annotated[
         "relative:0.1, evbmf, stable:2."
     ),
 ]
+Latency = Annotated[
+    str | None,
+    typer.Option(
+        help="Budget: time as a fraction of the dense network's (0.5), or milliseconds (12ms)."
+    ),
+]
+Backend = Annotated[
+    str | None,
+    typer.Option(help="Measure layers there: onnxruntime, openvino, compile or eager."),
+]
+Threads = Annotated[int | None, typer.Option(help="Threads of an operator when measuring.")]
+Batch = Annotated[int, typer.Option(help="Examples in a call when measuring.")]
 Scheme = Annotated[
     str | None, typer.Option(help="channel, spatial, decoupled, linear, or auto (the default).")
 ]
-Multiple = Annotated[int, typer.Option(help="Round ranks up to a multiple of this.")]
+Multiple = Annotated[
+    int | None,
+    typer.Option(help="Round ranks up to a multiple of this; measured plans suit the kernels."),
+]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -122,14 +138,35 @@ def output(as_json: bool) -> Iterator[Any]:
         os.close(real)
 
 
-def read_target(flops: float | None, params: float | None, rank: str | None) -> RankRule | Budget:
+def read_target(
+    flops: float | None, params: float | None, latency: str | None, rank: str | None
+) -> RankRule | Budget:
     from rankprune.budget import Budget
-    from rankprune.recipes.config import parse_rule
+    from rankprune.recipes.config import parse_latency, parse_rule
 
-    budget = flops is not None or params is not None
+    budget = any(bound is not None for bound in (flops, params, latency))
     if budget == (rank is not None):
-        raise ConfigError("give a target: --flops and/or --params, or --rank, and not both")
-    return parse_rule(rank) if rank is not None else Budget(flops=flops, params=params)
+        raise ConfigError(
+            "give a target: --flops, --params and/or --latency, or --rank, and not both"
+        )
+    if rank is not None:
+        return parse_rule(rank)
+    return Budget(flops=flops, params=params, **parse_latency(latency))
+
+
+def read_runtime(backend: str | None, threads: int | None, *, needed: bool) -> LatencyTable | None:
+    """The table that measures where the options say; ONNX Runtime where it must be somewhere."""
+    if backend is None and not needed:
+        return None
+    from rankprune.latency import LatencyTable
+    from rankprune.runtimes import Runtime
+
+    def tell(done: int, total: int, what: str) -> None:
+        if what:
+            err.print(f"measuring layer {done + 1} of {total}: {what}", markup=False)
+
+    runtime = Runtime(backend=backend or "onnxruntime", threads=threads)
+    return LatencyTable(runtime, progress=tell)
 
 
 def read_images(name: str | None, root: str, download: bool, size: int | None) -> Any:

@@ -14,6 +14,7 @@ from torch import nn
 from rankprune.budget import Budget
 from rankprune.errors import ConfigError, FileError
 from rankprune.factorize import factorize, low_rank_layers
+from rankprune.latency import LatencyTable
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
 from rankprune.ranks import EVBMF, Energy, RankRule, StableRank
@@ -42,10 +43,12 @@ class Source:
     shape: tuple[int, int, int]
     metadata: Mapping[str, Any]
 
-    def example_inputs(self) -> torch.Tensor:
+    def example_inputs(self, batch: int = 1) -> torch.Tensor:
         """Random pixels, the same every time; blank ones would hide differences."""
+        if batch < 1:
+            raise ConfigError(f"batch {batch}: a whole number ≥ 1")
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(1, *self.shape, generator=generator)
+        return torch.randn(batch, *self.shape, generator=generator)
 
 
 def open_source(
@@ -115,19 +118,28 @@ def compress(
     target: RankRule | Budget,
     *,
     scheme: str = "auto",
-    multiple_of: int = 1,
+    multiple_of: int | None = None,
+    runtime: LatencyTable | None = None,
+    batch: int = 1,
     data: ImageData | None = None,
 ) -> tuple[nn.Module, Plan, Report]:
     """Plan, factorise, and compare; with a data set also the accuracies on its test part.
+
+    With a runtime the plan is measured there, on so many examples in a call.
 
     Raises:
         ConfigError: the source is factorised already.
         BudgetError: the budget cannot be met.
     """
     _require_dense(source)
-    inputs = source.example_inputs()
+    inputs = source.example_inputs(batch)
     plan = make_plan(
-        source.model, target, scheme=scheme, example_inputs=inputs, multiple_of=multiple_of
+        source.model,
+        target,
+        scheme=scheme,
+        example_inputs=inputs,
+        multiple_of=multiple_of,
+        runtime=runtime,
     )
     compact = factorize(source.model, plan)
     if data is not None:

@@ -154,6 +154,29 @@ def parse_rule(text: str) -> RankRule:
         raise ConfigError(f"rank rule {text!r}: {name} needs a number, as in {name}:0.5") from None
 
 
+def parse_latency(text: str | float | None) -> dict[str, float]:
+    """Read a bound on time: a fraction of the dense network's, or milliseconds.
+
+    >>> parse_latency("0.5"), parse_latency("12ms"), parse_latency(None)
+    ({'latency': 0.5}, {'latency_ms': 12.0}, {})
+
+    Raises:
+        ConfigError: neither.
+    """
+    if text is None:
+        return {}
+    digits = str(text).strip().lower()
+    try:
+        if digits.endswith("ms"):
+            return {"latency_ms": float(digits.removesuffix("ms"))}
+        return {"latency": float(digits)}
+    except ValueError:
+        raise ConfigError(
+            f"latency {text!r}: a fraction of the dense network's time, such as 0.5, or "
+            "milliseconds, such as 12ms"
+        ) from None
+
+
 def _relative(value: float) -> Threshold:
     return Threshold(value, relative=True)
 
