@@ -35,7 +35,15 @@ RUN = [
     "--batch-size",
     "64",
 ]
-REPORT_KEYS = {"dense", "projected", "compact", "layers", "max_logit_error", "environment"}
+REPORT_KEYS = {
+    "dense",
+    "projected",
+    "compact",
+    "layers",
+    "max_logit_error",
+    "environment",
+    "latency",
+}
 
 
 def cli(*args: object, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -68,6 +76,8 @@ def test_help_does_not_wait_for_torch() -> None:
         ("train --data fake --model digits_cnn --flops .5 --config none.yaml", 3, "no such file"),
         ("train --data fake --model digits_cnn --flops .5 --precision fp16", 2, "needs a GPU"),
         ("train --data fake --model digits_cnn --flops .5 --preset new", 2, "unknown preset"),
+        ("train --data fake --model digits_cnn --latency fast", 2, "milliseconds, such as 12ms"),
+        ("train --data fake --model digits_cnn --flops .5 --backend tpu", 2, "unknown backend"),
         ("compress none.pt --model digits_cnn --input-size 1x8x8 --flops .5", 3, "no such file"),
     ],
 )
@@ -194,6 +204,42 @@ def test_compress_then_eval(weights: Path, tmp_path: Path) -> None:
         "factorised already"
         in cli(*["compress", out, "--flops", 0.5, "--out", tmp_path / "b"], code=2).stderr
     )
+
+
+@pytest.mark.slow
+def test_compress_to_a_time_then_bench_export_and_report(weights: Path, tmp_path: Path) -> None:
+    out, page, onnx = tmp_path / "compact", tmp_path / "page.html", tmp_path / "model.onnx"
+    source = (weights, "--model", "digits_cnn", "--input-size", "3x32x32")
+    target = ("--latency", "0.95", "--backend", "eager", "--threads", 1, "--batch", 16)
+    done = cli("compress", *source, *target, "--out", out, "--json")
+    assert "measuring layer 1 of" in done.stderr
+    report = json.loads(done.stdout)
+    (entry,) = report["latency"]
+    assert (entry["backend"], entry["batch"], entry["threads"]) == ("eager", 16, 1)
+    assert entry["compact_ms"] <= 0.95 * entry["dense_ms"]
+    assert rp.read_plan(out).metadata["latency"]["compact_ms"] == entry["compact_ms"]
+    assert json.loads(cli("report", out, "--json").stdout) == report
+    cli("report", out, "--html", page)
+    assert "eager" in page.read_text()
+
+    backends = ("--backend", "onnxruntime", "--backend", "eager")
+    done = cli("bench", out, "--batch", 2, "--threads", 1, "--seconds", 0.1, "--json", *backends)
+    measured = json.loads(done.stdout)
+    assert (measured["batch"], measured["threads"]) == (2, 1)
+    assert list(measured["backends"]) == ["onnxruntime", "eager"]
+    for row in measured["backends"].values():
+        assert {"dense_ms", "compact_ms", "speedup", "realised", "spread"} <= set(row)
+        assert row["realised"] == pytest.approx(row["speedup"] / measured["flops_reduction"])
+        assert row["dense"]["p20_ms"] <= row["dense_ms"] <= row["dense"]["p80_ms"]
+        assert row["compact"]["file_bytes"] < row["dense"]["file_bytes"]
+    assert "realised" in cli("bench", out, "--seconds", 0.1, "--backend", "eager").stdout
+    assert "unknown backend" in cli("bench", out, "--backend", "tpu", code=2).stderr
+
+    exported = json.loads(cli("export", out, "--out", onnx, "--json").stdout)
+    assert exported["bytes"] == onnx.stat().st_size
+    assert exported["difference"] < 1e-5
+    assert "exists already" in cli("export", out, "--out", onnx, code=3).stderr
+    cli("export", out, "--out", onnx, "--batch", 3, "--force")
 
 
 def test_inspect_shows_spectra_and_draws_them(weights: Path, tmp_path: Path) -> None:

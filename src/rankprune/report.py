@@ -7,7 +7,7 @@ import json
 import math
 import platform
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -218,7 +218,7 @@ def report(
         example_inputs: what both are called with.
         plan: lists also the layers that stay dense, with the reason.
         accuracies: fractions measured elsewhere, under "dense", "projected" and "compact".
-        latency: times measured elsewhere.
+        latency: times measured elsewhere, after the one that the plan was made with.
 
     Raises:
         NumericsError: the weight of a factorised layer holds NaN or infinity.
@@ -239,6 +239,7 @@ def report(
         # what the compact network really has, not what the plan foresaw
         low_rank = present.get(entry.name)
         layers.append(_layer(entry, low_rank, dense, compact, before, after))
+    reduction = before.flops / after.flops if after.flops else 1.0
     return Report(
         dense=Cost(before.params, before.flops, before.bytes, measured.get("dense")),
         compact=Cost(after.params, after.flops, after.bytes, measured.get("compact")),
@@ -246,7 +247,26 @@ def report(
         max_logit_error=_difference(dense, compact, example_inputs),
         projected_accuracy=measured.get("projected"),
         environment=environment(),
-        latency=tuple(latency),
+        latency=(*_planned(source, reduction), *latency),
+    )
+
+
+def _planned(plan: Plan, flops_reduction: float) -> Iterator[LatencyReport]:
+    """The network's time as it was measured for the plan, and as its layers alone foretold it."""
+    found = plan.metadata.get("latency")
+    if not isinstance(found, dict) or plan.measured is None:
+        return
+    dense, compact = float(found["dense_ms"]), float(found["compact_ms"])
+    saved = sum((e.dense_latency_ms or 0.0) - (e.latency_ms or 0.0) for e in plan.layers)
+    yield LatencyReport(
+        backend=str(found["backend"]),
+        batch=int(found["batch"]),
+        threads=int(found["threads"]),
+        dense_ms=dense,
+        compact_ms=compact,
+        predicted_ms=dense - saved,
+        speedup=dense / compact,
+        realised=dense / compact / flops_reduction,
     )
 
 

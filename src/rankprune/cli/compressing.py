@@ -67,6 +67,7 @@ def compress(
 ) -> None:
     """Decompose trained weights to a budget or by a rank rule, without training."""
     with output(as_json) as show:
+        from rankprune.files import write_atomically
         from rankprune.recipes import compress as recipe
         from rankprune.serialize import save
 
@@ -89,6 +90,7 @@ def compress(
         )
         if not dry_run:
             save(compact, out, plan=plan, metadata=source.metadata, overwrite=force)
+            write_atomically(out / "report.json", json.dumps(report.to_dict(), indent=1).encode())
         show(report.to_dict(), f"{plan}\n\n" + "\n".join(report.totals()))
 
 

@@ -9,17 +9,20 @@ from typing import Annotated, Any
 import typer
 
 from rankprune.cli.shared import (
+    Backend,
     Data,
     DryRun,
     Flops,
     Force,
     ImageSize,
     Json,
+    Latency,
     Model,
     Out,
     Params,
     Rank,
     Scheme,
+    Threads,
     app,
     make_progress,
     output,
@@ -54,7 +57,11 @@ def train(
     scheme: Scheme = None,
     flops: Flops = None,
     params: Params = None,
+    latency: Latency = None,
     rank: Rank = None,
+    backend: Backend = None,
+    threads: Threads = None,
+    batch: Annotated[int | None, typer.Option(help="Examples in a call when measuring.")] = None,
     every: Annotated[int | None, typer.Option(help="Steps from projection to projection.")] = None,
     start: Annotated[
         float | None, typer.Option(help="First projection, as a share of the run.")
@@ -143,7 +150,7 @@ def _options(flags: dict[str, Any], config: Path | None, preset: str | None) -> 
         flags,
     ]
     # a target of a higher layer replaces that of a lower one, whatever its kind
-    targets = ("flops", "params", "rank")
+    targets = ("flops", "params", "latency", "rank")
     merged: dict[str, Any] = {}
     for layer in layers:
         if any(layer.get(key) is not None for key in targets):

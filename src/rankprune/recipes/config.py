@@ -13,6 +13,7 @@ from rankprune.budget import Budget
 from rankprune.errors import ConfigError, FileError, near
 from rankprune.files import read_bytes
 from rankprune.ranks import EVBMF, Energy, FixedRank, RankRule, Ratio, StableRank, Threshold
+from rankprune.runtimes import Runtime
 from rankprune.schemes import SCHEMES
 
 _MAX_CONFIG_BYTES = 2**20
@@ -34,6 +35,10 @@ class TrainConfig(BaseModel):
         baseline: also train a dense network alike, to compare with.
         scheme: as in `make_plan`.
         flops, params: budget as fractions of the dense network.
+        latency: budget as a fraction of the dense network's time, or as milliseconds ("12ms").
+        backend: measure layers there, and make none slower; a latency budget takes onnxruntime.
+        threads: of an operator when measuring; None for torch's number.
+        batch: examples in a call when measuring.
         rank: a rank rule such as "energy:0.98", instead of a budget.
         every: period of projections in steps.
         start, descent: as shares of the run: when projections start, and how long the budget takes
@@ -71,6 +76,10 @@ class TrainConfig(BaseModel):
     scheme: str = "auto"
     flops: float | None = None
     params: float | None = None
+    latency: float | str | None = None
+    backend: str | None = None
+    threads: int | None = Field(default=None, ge=1)
+    batch: int = Field(default=1, ge=1)
     rank: str | None = None
     every: int = Field(default=20, ge=1)
     start: float = Field(default=0.1, ge=0, lt=1)
@@ -78,7 +87,7 @@ class TrainConfig(BaseModel):
     nuclear: float = Field(default=3e-4, ge=0)
     nuclear_mode: Literal["gradient", "decoupled"] = "gradient"
     nuclear_when: Literal["projection", "step"] = "projection"
-    multiple_of: int = Field(default=1, ge=1)
+    multiple_of: int | None = Field(default=None, ge=1)
     epochs: int = Field(default=30, ge=1)
     batch_size: int = Field(default=128, ge=1)
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -99,15 +108,21 @@ class TrainConfig(BaseModel):
         Raises:
             ConfigError: none or more than one of flops / params and rank.
         """
-        budget = self.flops is not None or self.params is not None
+        budget = any(bound is not None for bound in (self.flops, self.params, self.latency))
         if budget == (self.rank is not None):
             raise ConfigError(
-                "give a target: a budget (flops or params, as fractions of the dense network) or a "
-                "rank rule (rank, such as energy:0.98), and not both"
+                "give a target: a budget (flops, params or latency, as fractions of the dense "
+                "network) or a rank rule (rank, such as energy:0.98), and not both"
             )
         if self.rank is not None:
             return parse_rule(self.rank)
-        return Budget(flops=self.flops, params=self.params)
+        return Budget(flops=self.flops, params=self.params, **parse_latency(self.latency))
+
+    def runtime(self) -> Runtime | None:
+        """Where layers are measured, if anywhere."""
+        if self.backend is None and self.latency is None:
+            return None
+        return Runtime(backend=self.backend or "onnxruntime", threads=self.threads)
 
 
 # The set-up of Xu et al. 2019, arXiv 1910.04576, section 4.1.
@@ -210,6 +225,7 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
         raise ConfigError("; ".join(_explain(item) for item in error.errors())) from None
     if config.scheme != "auto" and config.scheme not in SCHEMES:
         raise ConfigError(f"unknown scheme {config.scheme!r}; {near(config.scheme, SCHEMES)}")
+    config.runtime()
     if config.method == "trp":
         config.target()
     return config

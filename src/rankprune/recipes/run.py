@@ -13,7 +13,7 @@ from torch import nn
 
 from rankprune.errors import ConfigError, FileError
 from rankprune.factorize import factorize
-from rankprune.files import write_atomically
+from rankprune.files import read_bytes, write_atomically
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
 from rankprune.recipes.batches import Normalise, check_batch
@@ -35,6 +35,7 @@ from rankprune.recipes.weights import load_weights
 from rankprune.report import Report, report
 from rankprune.serialize import save
 
+_MAX_REPORT_BYTES = 64 * 2**20
 CONFIG = "config.yaml"
 REPORT = "report.json"
 BASELINE = "baseline"
@@ -113,8 +114,9 @@ def preview(config: TrainConfig, data: ImageData) -> Plan | None:
         model,
         config.target(),
         scheme=config.scheme,
-        example_inputs=example_inputs(data),
+        example_inputs=example_inputs(data, batch=config.batch),
         multiple_of=config.multiple_of,
+        runtime=config.runtime(),
     )
 
 
@@ -185,13 +187,13 @@ def read_report(folder: Path) -> dict[str, Any]:
     """A finished run's report.
 
     Raises:
-        FileError: there is none, or it is not JSON.
+        FileError: there is none, it cannot be read, or it is not JSON.
     """
     path = folder / REPORT if folder.is_dir() else folder
     if not path.is_file():
         raise FileError(f"{path}: no report there; has the run finished?")
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(read_bytes(path, _MAX_REPORT_BYTES))
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(document, dict) or "compact" not in document:

@@ -339,7 +339,9 @@ class _Run:
             self.bare,
             self.raw,
             trp_options(self.config, self.total),
-            example_inputs=example_inputs(self.data, self.accelerator.device),
+            example_inputs=example_inputs(
+                self.data, self.accelerator.device, batch=self.config.batch
+            ),
             process_group=torch.distributed.group.WORLD
             if self.accelerator.num_processes > 1
             else None,
@@ -354,6 +356,7 @@ def trp_options(config: TrainConfig, total: int) -> TRP:
         rank=target,
         scheme=config.scheme,
         multiple_of=config.multiple_of,
+        runtime=config.runtime(),
         every=config.every,
         start=round(config.start * total),
         descent=round(config.descent * total) if isinstance(target, Budget) else 0,
@@ -363,9 +366,11 @@ def trp_options(config: TrainConfig, total: int) -> TRP:
     )
 
 
-def example_inputs(data: ImageData, device: torch.device | str = "cpu") -> torch.Tensor:
-    """One blank image, to count FLOPs with."""
-    return torch.zeros(1, *data.shape, device=device)
+def example_inputs(
+    data: ImageData, device: torch.device | str = "cpu", batch: int = 1
+) -> torch.Tensor:
+    """Blank images, to count FLOPs and to measure with."""
+    return torch.zeros(batch, *data.shape, device=device)
 
 
 def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
