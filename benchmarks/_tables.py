@@ -1,4 +1,4 @@
-"""Fills the tables of docs/projection.md from the results; run after measuring."""
+"""Fills the tables of docs/*.md from the results; run after measuring."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from _harness import RESULTS
 
-PAGE = Path(__file__).parent.parent / "docs" / "projection.md"
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def _results(prefix: str) -> dict[str, dict[str, Any]]:
@@ -73,14 +73,98 @@ def memory() -> str:
     return "\n".join(lines)
 
 
+def _latency(part: str) -> list[dict[str, Any]]:
+    path = RESULTS / "latency.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text()).get(part, []) if path.exists() else []
+    return rows
+
+
+def latency_budget() -> str:
+    lines = [
+        "| network | batch | threads | dense | compact | of the dense time | FLOPs | realised |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in _latency("budget"):
+        lines.append(
+            f"| {row['network']} | {row['batch']} | {row['threads']} | {row['dense_ms']:,.1f} ms "
+            f"| {row['compact_ms']:,.1f} ms | {row['latency']:.3f} "
+            f"| {row['flops_reduction']:.2f} × fewer | {row['realised']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def flops_budget() -> str:
+    lines = [
+        "| network | of the dense time | FLOPs | layers factorised |",
+        "|---|---|---|---|",
+    ]
+    for row in _latency("zoo"):
+        if "left_dense" in row:
+            closest = ", ".join(f"{key} {value:.2f}" for key, value in row["closest"].items())
+            lines.append(f"| {row['network']} | refused: closest {closest} | | |")
+            continue
+        lines.append(
+            f"| {row['network']} | {row['latency']:.3f} | {row['flops_reduction']:.2f} × fewer "
+            f"| {row['factorised']} of {row['layers']} |"
+        )
+    return "\n".join(lines)
+
+
+def realised() -> str:
+    backends = ("onnxruntime", "openvino", "compile", "eager")
+    lines = [
+        "| network | chosen by | FLOPs | " + " | ".join(backends) + " |",
+        "|---|---|---|" + "---|" * len(backends),
+    ]
+    names = {"flops": "flops=0.5", "flops_and_latency": "flops=0.5, latency=0.54"}
+    for row in _latency("realised"):
+        for key, label in names.items():
+            if "backends" not in row.get(key, {}):
+                continue
+            cells = [
+                f"{found['speedup']:.2f} × ({found['realised']:.2f})"
+                if (found := row[key]["backends"].get(backend))
+                else ""
+                for backend in backends
+            ]
+            lines.append(
+                f"| {row['network']} | {label} | {row[key]['flops_reduction']:.2f} × "
+                f"| {' | '.join(cells)} |"
+            )
+        for peer, found in row.get("peers", {}).items():
+            lines.append(
+                f"| {row['network']} | {peer} {found['version']} | {found['flops_reduction']:.2f} × "
+                f"| {found['speedup']['median']:.2f} × ({found['realised']:.2f}) | | | |"
+            )
+    return "\n".join(lines)
+
+
+PAGES = {
+    "projection.md": {
+        "projection": projection,
+        "memory": memory,
+        "overhead": overhead,
+        "shared": shared,
+    },
+    "deployment.md": {
+        "latency budget": latency_budget,
+        "flops budget": flops_budget,
+        "realised": realised,
+    },
+}
+
+
 def main() -> None:
-    text = PAGE.read_text()
-    tables = {"projection": projection, "memory": memory, "overhead": overhead, "shared": shared}
-    for name, table in tables.items():
-        mark = f"<!-- table: {name} -->"
-        filled = f"{mark}\n{table()}\n<!-- end -->"
-        text = re.sub(rf"{mark}(\n.*?<!-- end -->)?", lambda _, f=filled: f, text, flags=re.DOTALL)
-    PAGE.write_text(text)
+    for name, tables in PAGES.items():
+        page = DOCS / name
+        text = page.read_text()
+        for title, table in tables.items():
+            mark = f"<!-- table: {title} -->"
+            filled = f"{mark}\n{table()}\n<!-- end -->"
+            text = re.sub(
+                rf"{mark}(\n.*?<!-- end -->)?", lambda _, f=filled: f, text, flags=re.DOTALL
+            )
+        page.write_text(text)
 
 
 if __name__ == "__main__":
