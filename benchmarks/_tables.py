@@ -132,9 +132,10 @@ def realised() -> str:
                 f"| {' | '.join(cells)} |"
             )
         for peer, found in row.get("peers", {}).items():
+            speed = f"{found['speedup']['median']:.2f} × ({found['realised']:.2f})"
             lines.append(
-                f"| {row['network']} | {peer} {found['version']} | {found['flops_reduction']:.2f} × "
-                f"| {found['speedup']['median']:.2f} × ({found['realised']:.2f}) | | | |"
+                f"| {row['network']} | {peer} {found['version']} "
+                f"| {found['flops_reduction']:.2f} × | {speed} | | | |"
             )
     return "\n".join(lines)
 

@@ -131,7 +131,7 @@ def realised(name: str, options: argparse.Namespace) -> dict[str, Any]:
             row[label] = {"refused": str(error)}
             continue
         compact = rp.factorize(model, plan)
-        row[label] = _bench(compact, x, options, [])
+        row[label] = _bench(compact, x, options, ["onnxruntime"] if options.quick else [])
         if label == "flops":
             row["peers"] = _peers(name, model, x, options)
     return row
@@ -225,7 +225,7 @@ def main() -> None:
                     row = flops_budget(name, options)
                 else:
                     row = realised(name, options)
-                row |= conditions()
+                row |= {"quick": options.quick, **conditions()}
                 say(options, json.dumps({k: v for k, v in row.items() if k != "environment"}))
                 keep(part, row, options)
                 result.setdefault(part, []).append(row)
