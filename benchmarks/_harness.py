@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,19 @@ from typing import Any
 import psutil
 import torch
 
+from rankprune.runtimes import alternate, processor
+
+__all__ = [
+    "RESULTS",
+    "alternate",
+    "arguments",
+    "conditions",
+    "finish",
+    "peak_memory",
+    "ratios",
+    "say",
+    "spread",
+]
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -31,28 +44,6 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser
-
-
-def alternate(
-    variants: Mapping[str, Callable[[], Any]],
-    repeats: int,
-    prepare: Callable[[], Any] = lambda: None,
-) -> dict[str, list[float]]:
-    """Seconds of every call; the variants take turns, so that a slow minute slows all of them.
-
-    Args:
-        variants: what to time, by name.
-        repeats: calls of each.
-        prepare: done before every call, not timed.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(repeats):
-        for name, call in variants.items():
-            prepare()
-            begin = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -103,19 +94,11 @@ def conditions() -> dict[str, Any]:
         "python": platform.python_version(),
         "rankprune": version("rankprune"),
         "torch": torch.__version__,
-        "cpu": _cpu(),
+        "cpu": processor(),
         "cores": psutil.cpu_count(logical=False),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
 
 
 def finish(name: str, result: dict[str, Any], options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from cases import cnn_input, small_cnn
 from rankprune import BACKENDS, ConfigError, FixedRank, factorize, make_plan
 from rankprune.recipes import bench as module
-from rankprune.recipes.bench import bench, bench_table, latency_reports
+from rankprune.recipes.bench import bench, bench_table
 
 
 def _compact() -> nn.Module:
@@ -28,8 +28,6 @@ def test_figures_follow_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["realised"] == pytest.approx(2.5 / result["flops_reduction"])
     assert row["compact"]["examples_per_second"] == pytest.approx(1500)
     assert row["spread"]["p20"] < 2.5 < row["spread"]["p80"]
-    (report,) = latency_reports(result)
-    assert (report.backend, report.speedup) == ("eager", row["speedup"])
     assert "2.50× faster" in bench_table(result)
 
 

@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 
 from rankprune.errors import ConfigError, ExportError, MissingExtraError, RankPruneError
 from rankprune.files import commit, reporting
-from rankprune.profile import ExampleInputs, call, evaluating
+from rankprune.profile import ExampleInputs, arguments, call, evaluating
 
-# ONNX Runtime since 1.17 and OpenVINO since 2024 read it, and it has every operator needed here.
+# Not the newest, so that runtimes of some age read it; it has every operator needed here.
 OPSET = 20
 # Batches on which a file is compared with torch, and how far the outputs may be apart.
 CHECKED_BATCHES = (1, 2, 7)
@@ -117,7 +117,7 @@ def onnx_program(
             )
         except Exception as error:
             raise ExportError(
-                f"torch cannot export {type(model).__name__} to ONNX: {_reason(error)}"
+                f"torch cannot export {type(model).__name__} to ONNX: {reason(error)}"
                 + ("; try dynamic_batch=False" if dynamic_batch else "")
             ) from error
     assert program is not None
@@ -137,7 +137,7 @@ def onnx_difference(
     """
     inputs = example_inputs if batch is None else with_batch(example_inputs, batch)
     with evaluating(model), torch.no_grad():
-        expected = _tensors(call(model, inputs))
+        expected = tensors(call(model, inputs))
     try:
         session = onnx_session(path)
         received = session.run(None, feed(inputs, session))
@@ -185,11 +185,11 @@ def onnx_session(model: Path | bytes, threads: int | None = None) -> Any:
 
 def feed(inputs: ExampleInputs, session: Any) -> dict[str, Any]:
     """A session's inputs by name."""
-    tensors = _tensors(inputs)
+    given = tensors(inputs)
     names = [item.name for item in session.get_inputs()]
-    if len(names) != len(tensors):
-        raise ExportError(f"ONNX has the inputs {names}, the example has {len(tensors)} tensors")
-    return {name: t.detach().cpu().numpy() for name, t in zip(names, tensors, strict=True)}
+    if len(names) != len(given):
+        raise ExportError(f"ONNX has the inputs {names}, the example has {len(given)} tensors")
+    return {name: t.detach().cpu().numpy() for name, t in zip(names, given, strict=True)}
 
 
 def with_batch(inputs: ExampleInputs, batch: int) -> Any:
@@ -215,19 +215,10 @@ def with_batch(inputs: ExampleInputs, batch: int) -> Any:
 
 def batch_of(inputs: ExampleInputs) -> int:
     """Number of examples: dimension 0 of the first tensor."""
-    tensor = next((t for t in _tensors(inputs) if t.dim()), None)
+    tensor = next((t for t in tensors(inputs) if t.dim()), None)
     if tensor is None:
         raise ConfigError("example_inputs hold no tensor with a batch dimension")
     return len(tensor)
-
-
-def arguments(inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as positional and keyword arguments."""
-    if isinstance(inputs, Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return inputs, {}
 
 
 def _dynamic(inputs: ExampleInputs) -> Any:
@@ -242,13 +233,14 @@ def _dynamic(inputs: ExampleInputs) -> Any:
     return pytree.tree_map(shape, kwargs if kwargs else args)
 
 
-def _tensors(values: Any) -> list[Tensor]:
+def tensors(values: Any) -> list[Tensor]:
+    """All tensors of a model's inputs or outputs, however they are nested."""
     if isinstance(values, Mapping):
         values = dict(values)
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """What went wrong first: torch wraps it in pages of advice."""
     cause = error.__cause__ or error
     return f"{type(cause).__name__}: {_first_line(cause)}"

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from rankprune.errors import ExportError
-from rankprune.export import arguments
+from rankprune.export import reason
 from rankprune.factorize import LowRank, low_rank_layers, swap
 from rankprune.layers import LayerSpec
-from rankprune.profile import ExampleInputs
+from rankprune.profile import ExampleInputs, arguments
 from rankprune.schemes import SCHEMES
 
 _LAYERS = {f"aten::{name}{n}d" for name in ("conv", "conv_transpose") for n in (1, 2, 3)}
@@ -74,9 +74,8 @@ def _pairs(model: nn.Module, inputs: ExampleInputs) -> list[tuple[str, str]]:
     try:
         program = torch.export.export(model, args, kwargs)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise ExportError(
-            f"torch.export cannot follow {type(model).__name__}: {type(error).__name__}: {reason}"
+            f"torch.export cannot follow {type(model).__name__}: {reason(error)}"
         ) from error
     signature = program.graph_signature
     stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}

@@ -27,6 +27,7 @@ import numpy as np
 from torch import nn
 
 from rankprune.errors import ConfigError, FileError
+from rankprune.export import batch_of
 from rankprune.factorize import factor_skeleton, low_rank_layers
 from rankprune.files import read_bytes, write_atomically
 from rankprune.layers import LayerSpec
@@ -133,10 +134,6 @@ class LatencyTable:
         steps = np.geomspace(1, len(ranks), min(len(ranks), _RANKS)).round()
         return [ranks[int(step) - 1] for step in dict.fromkeys(steps)]
 
-    def environment(self) -> dict[str, Any]:
-        """What the figures depend on."""
-        return self.runtime.environment()
-
     # -- inside ----------------------------------------------------------------------------------
 
     def _at(self, entry: Mapping[str, float], scheme: str, rank: int) -> float:
@@ -193,7 +190,7 @@ class LatencyTable:
         document = {
             "layer": asdict(key[0]),
             "shape": key[1],
-            "environment": self.environment(),
+            "environment": self.runtime.environment(),
             "milliseconds": entry,
         }
         # a cache that cannot be written costs time, not the result
@@ -227,6 +224,7 @@ class Clock:
         """The last measurement and what it depends on, as JSON values."""
         return {
             **self.runtime.environment(),
+            "batch": batch_of(self._inputs),
             "dense_ms": self.dense_ms,
             "compact_ms": self.compact_ms,
         }
@@ -256,14 +254,11 @@ def timings(
     calls: Mapping[str, Run], seconds: float, *, least: int = 5, most: int = 101
 ) -> dict[str, list[float]]:
     """Seconds of every call, by turns; the number of rounds follows from their duration."""
-    one_round = math.inf
-    for _ in range(2):  # the first one also warms up; where it takes long, that is enough
+    for _ in range(2):  # the first round warms up, or compiles: it does not tell how long one takes
         begin = time.perf_counter()
         for run in calls.values():
             run()
-        one_round = min(time.perf_counter() - begin, one_round)
-        if one_round > seconds:
-            break
+        one_round = time.perf_counter() - begin
     rounds = math.ceil(seconds / one_round) if one_round > 0 else most
     return alternate(calls, min(max(rounds, least), most))
 

@@ -18,7 +18,6 @@ from torch import nn
 
 from rankprune.budget import Budget, Option, is_faster, spend, spend_time
 from rankprune.errors import ConfigError, near
-from rankprune.export import batch_of
 from rankprune.latency import Clock, LatencyTable, Request
 from rankprune.plan import LayerPlan, Plan
 from rankprune.profile import ExampleInputs, count_params, profile
@@ -149,7 +148,7 @@ def make_plan(
         assert example_inputs is not None
         clock = Clock(model, example_inputs, table.runtime)
         chosen = spend_time(groups, budget, dense, clock)
-        metadata["latency"] = {**clock.result(), "batch": batch_of(example_inputs)}
+        metadata["latency"] = clock.result()
     else:
         chosen = spend(groups, budget, dense)
     return Plan(
@@ -227,7 +226,7 @@ def realise(
         layers = [group[0].layer for group in groups]
         clock = Clock(model, example_inputs, table.runtime)
         clock.measure(layers)
-        metadata["latency"] = {**clock.result(), "batch": batch_of(example_inputs)}
+        metadata["latency"] = clock.result()
     return Plan(
         layers=tuple(layers),
         dense_params=cost.params if cost else count_params(model),

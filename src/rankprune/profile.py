@@ -65,13 +65,19 @@ def count_bytes(model: nn.Module) -> int:
 
 
 def call(model: nn.Module, example_inputs: ExampleInputs) -> Any:
-    """Run the model: a tensor is its only argument, a tuple positional ones, a mapping keywords."""
+    """Run the model on its example inputs."""
+    args, kwargs = arguments(example_inputs)
+    return model(*args, **kwargs)
+
+
+def arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor is the model's only argument, a tuple positional ones, a mapping keywords."""
     if isinstance(example_inputs, Tensor):
-        return model(example_inputs)
+        return (example_inputs,), {}
     if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
+        return (), dict(example_inputs)
     if isinstance(example_inputs, tuple):
-        return model(*example_inputs)
+        return example_inputs, {}
     raise ConfigError(
         "example_inputs must be a tensor, a tuple of positional or a mapping of keyword "
         f"arguments, got {type(example_inputs).__name__}"

@@ -257,6 +257,8 @@ def _planned(plan: Plan, flops_reduction: float) -> Iterator[LatencyReport]:
     if not isinstance(found, dict) or plan.measured is None:
         return
     dense, compact = float(found["dense_ms"]), float(found["compact_ms"])
+    if not (dense and compact):
+        return
     saved = sum((e.dense_latency_ms or 0.0) - (e.latency_ms or 0.0) for e in plan.layers)
     yield LatencyReport(
         backend=str(found["backend"]),

@@ -18,18 +18,19 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from rankprune.errors import ConfigError, ExportError, MissingExtraError, near
-from rankprune.export import feed, onnx_program, onnx_session
+from rankprune.export import OPSET, feed, onnx_program, onnx_session, tensors
 from rankprune.layers import LayerSpec
-from rankprune.profile import ExampleInputs, call
+from rankprune.profile import ExampleInputs, arguments
 
 Run = Callable[[], Any]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,12 +69,7 @@ class Runtime:
 
     def resolved(self) -> Runtime:
         """The same runtime with the number of threads that it stands for."""
-        return Runtime(
-            backend=self.backend,
-            threads=self.threads or torch.get_num_threads(),
-            precision=self.precision,
-            device=self.device,
-        )
+        return replace(self, threads=self.threads or torch.get_num_threads())
 
     def prepare(self, model: nn.Module, example_inputs: ExampleInputs) -> Run:
         """A call that runs the whole network once.
@@ -145,7 +141,7 @@ class Eager(Backend):
 
     def model(self, model: nn.Module, inputs: ExampleInputs, runtime: Runtime) -> Run:
         dtype = _DTYPES[runtime.precision]
-        places = {t.device.type for t in (*_leaves(inputs), *model.parameters())}
+        places = {t.device.type for t in (*tensors(inputs), *model.parameters())}
         if places - {torch.device(runtime.device).type}:
             raise ConfigError(
                 f"the model and its inputs are on {' and '.join(sorted(places))}, but "
@@ -155,13 +151,15 @@ class Eager(Backend):
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
         if dtypes - {dtype} or any(module.training for module in model.modules()):
             network = copy.deepcopy(model).eval().to(dtype)
-        cast = _cast(inputs, dtype)
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, arguments(inputs)
+        )
         on_gpu = "cuda" in places
         ready = self.ready(network)
 
         def run() -> Any:
             with _threads(runtime.threads), torch.inference_mode():
-                result = call(ready, cast)
+                result = ready(*args, **kwargs)
                 if on_gpu:
                     torch.cuda.synchronize()
                 return result
@@ -254,8 +252,8 @@ class OpenVino(OnnxBackend):
                 f"OpenVINO cannot read what torch exported: {str(error).strip().splitlines()[-1]}"
             ) from error
         request = compiled.create_infer_request()
-        tensors = [t.detach().cpu().numpy() for t in _leaves(inputs)]
-        return functools.partial(request.infer, dict(enumerate(tensors)))
+        arrays = [t.detach().cpu().numpy() for t in tensors(inputs)]
+        return functools.partial(request.infer, dict(enumerate(arrays)))
 
 
 BACKENDS: dict[str, Backend] = {
@@ -263,16 +261,20 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-def alternate(calls: Mapping[Any, Run], rounds: int) -> dict[Any, list[float]]:
+def alternate(
+    calls: Mapping[str, Run], rounds: int, prepare: Run = lambda: None
+) -> dict[str, list[float]]:
     """Seconds of every call, `rounds` of each; they take turns, so that noise hits all alike.
 
     Args:
         calls: what to time, by name.
         rounds: number of timed calls of each.
+        prepare: done before every call, not timed.
     """
-    seconds: dict[Any, list[float]] = {name: [] for name in calls}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, run in calls.items():
+            prepare()
             begin = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - begin)
@@ -353,7 +355,7 @@ def _chain_onnx(specs: Sequence[LayerSpec], shape: tuple[int, ...]) -> bytes | N
         [helper.make_tensor_value_info(last, TensorProto.FLOAT, None)],
         weights,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
     return model.SerializeToString()
 
 
@@ -370,29 +372,6 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _leaves(inputs: ExampleInputs) -> list[Tensor]:
-    values = (
-        (inputs,)
-        if isinstance(inputs, Tensor)
-        else tuple(inputs.values())
-        if isinstance(inputs, Mapping)
-        else inputs
-    )
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _cast(inputs: ExampleInputs, dtype: torch.dtype) -> ExampleInputs:
-    def cast(value: Any) -> Any:
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(dtype) if floating else value
-
-    if isinstance(inputs, Tensor):
-        return cast(inputs)
-    if isinstance(inputs, Mapping):
-        return {key: cast(value) for key, value in inputs.items()}
-    return tuple(cast(value) for value in inputs)
-
-
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -402,14 +381,15 @@ def _version(package: str) -> str:
 
 def _hardware() -> str:
     """The processor's own name, where the system tells it, and its vector instructions."""
-    names = [_processor(), torch.backends.cpu.get_cpu_capability()]
+    names = [processor(), torch.backends.cpu.get_cpu_capability()]
     if torch.cuda.is_available():
         names.append(torch.cuda.get_device_name())
     return ", ".join(names)
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
+    """The processor's own name, where the system tells it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -37,8 +37,9 @@ from rankprune.cli.shared import (
     read_runtime,
     read_shape,
     read_target,
+    require_new,
 )
-from rankprune.errors import ConfigError, FileError
+from rankprune.errors import ConfigError
 
 
 @app.command()
@@ -158,8 +159,8 @@ def inspect(
         from rankprune.planner import make_plan
         from rankprune.recipes import compress as recipe
 
-        if plot is not None and plot.exists() and not force:
-            raise FileError(f"{plot}: exists already; choose another name or add --force")
+        if plot is not None:
+            require_new(plot, force=force)
         source = recipe.open_source(
             weights, model=model, shape=read_shape(input_size), classes=classes
         )

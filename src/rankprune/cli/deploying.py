@@ -20,8 +20,8 @@ from rankprune.cli.shared import (
     err,
     output,
     read_shape,
+    require_new,
 )
-from rankprune.errors import FileError
 
 
 @app.command()
@@ -41,8 +41,8 @@ def report(
         from rankprune.recipes.run import read_report
         from rankprune.report import Report
 
-        if html is not None and html.exists() and not force:
-            raise FileError(f"{html}: exists already; choose another name or add --force")
+        if html is not None:
+            require_new(html, force=force)
         documents = dict(zip(_run_names(runs), map(read_report, runs), strict=True))
         reports = {name: Report.from_dict(document) for name, document in documents.items()}
         if html is not None:
@@ -109,8 +109,7 @@ def export(
         from rankprune.fold import fold
         from rankprune.recipes.compress import open_source
 
-        if out.exists() and not force:
-            raise FileError(f"{out}: exists already; choose another name or add --force")
+        require_new(out, force=force)
         source = open_source(weights, model=model, shape=read_shape(input_size), classes=classes)
         inputs = source.example_inputs(batch or 1)
         network = fold(source.model, example_inputs=inputs)

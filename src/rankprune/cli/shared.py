@@ -169,6 +169,16 @@ def read_runtime(backend: str | None, threads: int | None, *, needed: bool) -> L
     return LatencyTable(runtime, progress=tell)
 
 
+def require_new(path: Path, *, force: bool) -> None:
+    """Refuse to overwrite a file.
+
+    Raises:
+        FileError: it is there, and not forced.
+    """
+    if path.exists() and not force:
+        raise FileError(f"{path}: exists already; choose another name or add --force")
+
+
 def read_images(name: str | None, root: str, download: bool, size: int | None) -> Any:
     from rankprune.recipes.data import load_data
 

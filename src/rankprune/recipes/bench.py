@@ -21,7 +21,6 @@ from rankprune.fold import fold
 from rankprune.latency import timings
 from rankprune.layers import LayerSpec
 from rankprune.profile import ExampleInputs, count_bytes, profile
-from rankprune.report import LatencyReport
 from rankprune.runtimes import BACKENDS, OnnxBackend, Run, Runtime
 from rankprune.tables import format_count, format_ms, format_table
 
@@ -110,23 +109,6 @@ def bench(
         "environment": {r.backend: r.environment() for r in runtimes if r.backend in results},
         "backends": results,
     }
-
-
-def latency_reports(result: dict[str, Any]) -> list[LatencyReport]:
-    """What `bench` found, as entries of a report."""
-    return [
-        LatencyReport(
-            backend=name,
-            batch=result["batch"],
-            threads=result["threads"],
-            dense_ms=row["dense_ms"],
-            compact_ms=row["compact_ms"],
-            predicted_ms=None,
-            speedup=row["speedup"],
-            realised=row["realised"],
-        )
-        for name, row in result["backends"].items()
-    ]
 
 
 def bench_table(result: dict[str, Any]) -> str:
