@@ -64,6 +64,7 @@ def _worker(rank: int, port: int, name: str, repeats: int, results: Any) -> None
         found[phase] = {kind: values[1:] for kind, values in seconds.items()}
     if rank == 0:
         results.put(found)
+    dist.barrier()  # nobody leaves while the other still talks
     dist.destroy_process_group()
 
 
