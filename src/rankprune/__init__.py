@@ -21,6 +21,7 @@ from rankprune._version import __version__
 if TYPE_CHECKING:
     from rankprune.attach import attach
     from rankprune.budget import Budget
+    from rankprune.calibrate import Stats, calibrate, recalibrate_bn
     from rankprune.errors import (
         BudgetError,
         ConfigError,
@@ -90,9 +91,11 @@ __all__ = [
     "Scheme",
     "Spectrum",
     "StableRank",
+    "Stats",
     "Threshold",
     "__version__",
     "attach",
+    "calibrate",
     "count_bytes",
     "count_params",
     "defactorize",
@@ -105,6 +108,7 @@ __all__ = [
     "profile",
     "project",
     "read_plan",
+    "recalibrate_bn",
     "report",
     "save",
 ]
@@ -112,6 +116,7 @@ __all__ = [
 _MODULES = {
     "attach": "attach",
     "budget": "Budget",
+    "calibrate": "Stats calibrate recalibrate_bn",
     "errors": "BudgetError ConfigError ExportError FileError LayerError MissingExtraError "
     "NumericsError PlanError RankPruneError",
     "export": "export_onnx",

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from rankprune.calibrate import Stats, check_stats
 from rankprune.errors import PlanError, near
 from rankprune.layers import LayerSpec
 from rankprune.linalg import Decomposition, check_finite
@@ -17,6 +18,7 @@ from rankprune.plan import LayerPlan, Plan
 from rankprune.profile import count_params
 from rankprune.schemes import SCHEMES
 from rankprune.survey import tensor_key
+from rankprune.whitening import Moment, Whitened
 
 
 class LowRank(nn.Sequential):
@@ -44,7 +46,9 @@ class LowRank(nn.Sequential):
         return scheme.from_matrix(spec, left @ right).to(first.dtype)
 
 
-def factorize(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+def factorize(
+    model: nn.Module, plan: Plan, *, stats: Stats | None = None, inplace: bool = False
+) -> nn.Module:
     """Replace the planned layers by their factors, by truncated SVD of their weights.
 
     Singular values are split √σ to each side. Device, dtype, mode and `requires_grad` are kept.
@@ -52,6 +56,8 @@ def factorize(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Modu
     Args:
         model: the dense model that the plan was made for.
         plan: from `make_plan` or a controller's `finish`.
+        stats: from `calibrate`; the error of the layers' outputs on those inputs is made least,
+            instead of the weights'. Not after training to the plan's ranks: nothing is lost there.
         inplace: change the model itself instead of a copy.
 
     Returns:
@@ -60,6 +66,7 @@ def factorize(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Modu
     Raises:
         PlanError: a planned layer is missing or has another shape.
         NumericsError: a weight holds NaN or infinity.
+        ConfigError: the stats are of another model.
 
     Example:
         >>> import torch
@@ -72,10 +79,11 @@ def factorize(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Modu
     layers = check_plan(model, plan.factorized)
     for entry in plan.factorized:
         check_finite(_weight(layers[entry.name]), entry.name)
+    moments = check_stats(model, stats)
     if not inplace:
         model = copy.deepcopy(model)
     for entry in plan.factorized:
-        _factorize_layer(model, entry)
+        _factorize_layer(model, entry, moments.get(entry.name))
     return model
 
 
@@ -182,16 +190,18 @@ def _brief(spec: LayerSpec | None) -> str:
     return f"{spec.kind} with weight {spec.weight_shape}{options}{bias}"
 
 
-def _factorize_layer(model: nn.Module, entry: LayerPlan) -> None:
+def _factorize_layer(model: nn.Module, entry: LayerPlan, moment: Moment | None) -> None:
     scheme, spec, rank = SCHEMES[str(entry.scheme)], entry.spec, entry.rank
     assert spec is not None
     assert rank is not None
     dense = model.get_submodule(entry.name)
     weight = _weight(dense)
     with torch.no_grad():
-        left, right = (
-            Decomposition(scheme.to_matrix(spec, weight.detach())).truncate(rank).balanced()
-        )
+        if moment is not None:
+            left, right = Whitened(spec, scheme, weight, moment, entry.name).factors(rank)
+        else:
+            matrix = scheme.to_matrix(spec, weight.detach())
+            left, right = Decomposition(matrix).truncate(rank).balanced()
         weights = scheme.factor_weights(spec, left, right)
     factors = []
     for factor_spec, values in zip(entry.factors(), weights, strict=True):

@@ -17,11 +17,12 @@ from typing import Any
 from torch import nn
 
 from rankprune.budget import Budget, Option, is_faster, spend, spend_time
+from rankprune.calibrate import Stats, check_stats
 from rankprune.errors import ConfigError, near
 from rankprune.latency import Clock, LatencyTable, Request
 from rankprune.plan import LayerPlan, Plan
 from rankprune.profile import ExampleInputs, count_params, profile
-from rankprune.ranks import FixedRank, RankRule, Spectrum
+from rankprune.ranks import FixedRank, RankRule
 from rankprune.runtimes import Runtime
 from rankprune.schemes import SCHEMES, Scheme, applicable, get_scheme
 from rankprune.survey import Site, survey
@@ -73,6 +74,7 @@ def make_plan(
     scheme: str = "auto",
     overrides: Mapping[str, Override] | None = None,
     example_inputs: ExampleInputs | None = None,
+    stats: Stats | None = None,
     guard: bool = True,
     multiple_of: int | None = None,
     runtime: Runtime | LatencyTable | None = None,
@@ -89,6 +91,8 @@ def make_plan(
             leave dense. Where several match, the last wins.
         example_inputs: what the model is called with. Needed for FLOPs; without it the guard looks
             at parameters only.
+        stats: from `calibrate`. Ranks then follow the energy of the layers' outputs on those
+            inputs, not that of their weights; give the same to `factorize`.
         guard: leave layers dense where the chosen rank does not save both parameters and FLOPs.
             False factorises even so (a budget never does).
         multiple_of: ranks are rounded up to a multiple of this; None is 1, or what the runtime's
@@ -128,7 +132,7 @@ def make_plan(
         what = "a runtime" if table else "a FLOPs budget"
         raise ConfigError(f"{what} needs example_inputs, to see the shapes that layers really get")
     cost = None if example_inputs is None else profile(model, example_inputs)
-    sites = survey(model, cost)
+    sites = survey(model, cost, check_stats(model, stats))
     if not any(not site.obstacle for site in sites):
         raise ConfigError(
             "the model has no layer that can be factorised: "
@@ -365,10 +369,6 @@ def _options(site: Site, wanted: _Settings, *, guard: bool, multiple_of: int) ->
     return [_by_rule(options, wanted.rank, guard=guard, multiple_of=multiple_of)]
 
 
-def _energy(spectrum: Spectrum, rank: int) -> float:
-    return float(spectrum.energy()[rank - 1])
-
-
 def round_rank(rank: int, multiple_of: int, max_rank: int) -> int:
     """Round up to a multiple, at most the largest rank."""
     return min(math.ceil(rank / multiple_of) * multiple_of, max_rank)
@@ -380,9 +380,9 @@ def _by_rule(
     """The scheme that is cheapest at the rank that the rule wants."""
     layers = []
     for option in options:
-        spectrum = option.site.spectrum(option.scheme)
+        spectrum, kept = option.site.assess(option.scheme)
         rank = round_rank(rule.select(spectrum), multiple_of, option.max_rank)
-        layers.append((option, option.at(rank, str(rule), _energy(spectrum, rank))))
+        layers.append((option, option.at(rank, str(rule), float(kept[rank - 1]))))
     option, best = min(layers, key=lambda pair: (pair[1].flops or 0, pair[1].params))
     return Option(option.guarded(best) if guard else best, 0.0)
 
@@ -393,8 +393,7 @@ def _grid(option: _LayerOption, multiple_of: int) -> Iterator[Option]:
     ranks = list(range(multiple_of, last + 1, multiple_of))
     if not ranks:
         return
-    spectrum = option.site.spectrum(option.scheme)
-    energy = spectrum.energy()
+    _, energy = option.site.assess(option.scheme)
     stride = math.ceil(len(ranks) / _GRID)
     for rank in ranks[stride - 1 :: stride] if stride > 1 else ranks:
         kept = float(energy[rank - 1])

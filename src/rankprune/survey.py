@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from rankprune.profile import Profile, factor_flops
 from rankprune.ranks import Spectrum
 from rankprune.schemes import Scheme
 from rankprune.sharded import full_tensor, is_sharded
+from rankprune.whitening import Moment, Whitened
 
 # These read their sub-layers' weights directly, so a replaced sub-layer would never be called.
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -35,6 +36,7 @@ class Site:
         dense_params: parameters, those shared within the site once.
         dense_flops: FLOPs of all its calls, or None where not measured.
         input_shapes: what it is called with, one entry a call.
+        moment: second moments of its inputs, where it was calibrated.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Site:
     dense_params: int
     dense_flops: int | None
     input_shapes: tuple[tuple[int, ...], ...]
+    moment: Moment | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -59,16 +62,31 @@ class Site:
         return self.dense_params - self.spec.weight_numel
 
     def spectrum(self, scheme: Scheme) -> Spectrum:
-        """Singular values of the weight's matrices under a scheme.
+        """Singular values under a scheme: of the weight, or of the outputs where calibrated.
 
         Raises:
             NumericsError: the weight holds NaN or infinity.
         """
+        return self.assess(scheme)[0]
+
+    def assess(self, scheme: Scheme) -> tuple[Spectrum, Tensor]:
+        """The spectrum under a scheme, and the share of energy that each rank from 1 on keeps.
+
+        Of the weight's energy, or of the outputs' where calibrated.
+
+        Raises:
+            NumericsError: the weight holds NaN or infinity.
+            LayerError: the moments are those of another layer.
+        """
         assert self.spec is not None
         weight = self.weight
+        if self.moment is not None:
+            whitened = Whitened(self.spec, scheme, weight, self.moment, self.name)
+            return whitened.spectrum(), 1 - whitened.errors()[1:]
         check_finite(weight, self.name)
         values = singular_values(scheme.to_matrix(self.spec, weight))
-        return Spectrum(values, scheme.matrix_shape(self.spec))
+        spectrum = Spectrum(values, scheme.matrix_shape(self.spec))
+        return spectrum, spectrum.energy()
 
     def unit_flops(self, scheme: Scheme) -> int | None:
         """FLOPs that one unit of rank costs, or None where not measured."""
@@ -88,7 +106,11 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
     return list(module.parameters(recurse=False))
 
 
-def survey(model: nn.Module, cost: Profile | None = None) -> list[Site]:
+def survey(
+    model: nn.Module,
+    cost: Profile | None = None,
+    moments: Mapping[str, Moment] | None = None,
+) -> list[Site]:
     """List every layer with a matrix-like parameter, in the model's order.
 
     Layers with vectors alone (normalisation, scales) are not listed. A module that stands at
@@ -97,6 +119,7 @@ def survey(model: nn.Module, cost: Profile | None = None) -> list[Site]:
     Args:
         model: any module.
         cost: its profile, where example inputs are at hand.
+        moments: of the layers' inputs, by name, where the model was calibrated.
     """
     parents = {
         f"{prefix}.{child}" if prefix else child: module
@@ -146,6 +169,7 @@ def survey(model: nn.Module, cost: Profile | None = None) -> list[Site]:
                 dense_params=_count(layers[member] for member in names),
                 dense_flops=flops,
                 input_shapes=shapes,
+                moment=(moments or {}).get(name),
             )
         )
     return sites

@@ -1,0 +1,267 @@
+"""What layers are really called with: second moments of their inputs, and BatchNorm's statistics.
+
+`calibrate` runs the model once over a few batches and keeps, for every layer that can be
+factorised, the sum of x xᵀ of its inputs. With it, `make_plan` chooses ranks by the error of the
+layers' outputs, and `factorize` makes that error least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
+
+from rankprune.errors import ConfigError, NumericsError, near
+from rankprune.profile import call, evaluating
+from rankprune.survey import Site, survey
+from rankprune.whitening import Moment, input_patches
+
+_ABOUT_BATCHES = (
+    "a batch is what the model is called with: a tensor, a tuple of positional or a mapping of "
+    "keyword arguments; of a list, as torch's DataLoader makes it, the first is passed"
+)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Second moments of layers' inputs, from `calibrate`.
+
+    Attributes:
+        moments: by layer name.
+        batches: how many batches they are from.
+    """
+
+    moments: Mapping[str, Moment]
+    batches: int
+
+    def __str__(self) -> str:
+        return f"inputs of {len(self.moments)} layers over {self.batches} batches"
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    layers: str | Sequence[str] = "*",
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int], None] | None = None,
+) -> Stats:
+    """Sum the second moments of the inputs of every layer that can be factorised.
+
+    The model runs once over the batches in eval mode, without gradients. Transposed convolutions
+    are left out; so are layers that are never called. Of padded text, positions that an
+    `attention_mask` [B, T] switches off are left out where a layer sees [B, T, C].
+
+    Args:
+        model: the dense model, on any device; its batches are moved there.
+        batches: what the model is called with: tensors, tuples of positional arguments, mappings
+            of keywords. Of a list, as torch's DataLoader makes it, only the first item is passed:
+            the others are taken for targets.
+        layers: shell-style patterns of the names to look at. A layer with D inputs (C/g times the
+            kernel's positions) takes at most D² numbers for each of its groups.
+        dtype: precision of the sums, torch.float32 or torch.float64.
+        progress: called with the number of batches done.
+
+    Returns:
+        The moments, for `make_plan(…, stats=…)` and `factorize(…, stats=…)`.
+
+    Raises:
+        ConfigError: no batches, a pattern that matches nothing, or the model does not run on one.
+        NumericsError: a layer is called with NaN or infinity.
+
+    Example:
+        >>> import rankprune as rp
+        >>> model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> stats = calibrate(model, [torch.randn(16, 32) for _ in range(4)])
+        >>> plan = rp.make_plan(model, rp.Energy(0.95), stats=stats)
+        >>> compact = rp.factorize(model, plan, stats=stats)
+    """
+    if dtype not in (torch.float32, torch.float64):
+        raise ConfigError(f"dtype={dtype}: torch.float32 or torch.float64")
+    sites = _wanted(model, [layers] if isinstance(layers, str) else list(layers))
+    done = 0
+    with evaluating(model), Recorder(model, sites, dtype) as recorder:
+        for batch in run(model, batches):
+            recorder.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            _called(model, batch)
+            done += 1
+            if progress is not None:
+                progress(done)
+    if not done:
+        raise ConfigError(f"no batches to calibrate with; {_ABOUT_BATCHES}")
+    return Stats(recorder.moments, done)
+
+
+@torch.no_grad()
+def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Estimate BatchNorm's running statistics anew, for a model whose layers have changed.
+
+    They become the plain average over the batches; all other layers stay in eval mode.
+
+    Args:
+        model: changed in place.
+        batches: as in `calibrate`; larger ones estimate better.
+
+    Returns:
+        The model.
+
+    Raises:
+        ConfigError: no batches, or the model does not run on one. The statistics stay as they were.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    ]
+    if not norms:
+        return model
+    before = [
+        (norm.momentum, {key: value.clone() for key, value in norm.named_buffers(recurse=False)})
+        for norm in norms
+    ]
+    done = 0
+    finished = False
+    with evaluating(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the average of all batches
+                norm.train()
+            for batch in run(model, batches):
+                _called(model, batch)
+                done += 1
+            if not done:
+                raise ConfigError(f"no batches to estimate BatchNorm with; {_ABOUT_BATCHES}")
+            finished = True
+        finally:
+            for norm, (momentum, buffers) in zip(norms, before, strict=True):
+                norm.momentum = momentum
+                if not finished:
+                    for key, value in buffers.items():
+                        getattr(norm, key).copy_(value)
+    return model
+
+
+def check_stats(model: nn.Module, stats: Stats | None) -> Mapping[str, Moment]:
+    """The moments by layer name, empty without stats.
+
+    Raises:
+        ConfigError: they are no `Stats`, or those of another model.
+    """
+    if stats is None:
+        return {}
+    if not isinstance(stats, Stats):
+        raise ConfigError(f"stats must come from calibrate, got {type(stats).__name__}")
+    names = {name for name, _ in model.named_modules()}
+    strange = next((name for name in stats.moments if name not in names), None)
+    if strange is not None:
+        raise ConfigError(
+            f"stats are of another model: they have a layer {strange!r}; {near(strange, names)}; "
+            "calibrate this model"
+        )
+    return stats.moments
+
+
+class Recorder:
+    """Hooks that sum up the inputs of layers, while it is open.
+
+    Args:
+        model: that is called.
+        sites: layers that can be calibrated.
+        dtype: precision of the sums.
+
+    Attributes:
+        moments: by layer name; layers that were not called are missing.
+        mask: of the present batch, [B, T]; None takes all positions.
+    """
+
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.model = model
+        self.sites = sites
+        self.dtype = dtype
+        self.moments: dict[str, Moment] = {}
+        self.mask: Tensor | None = None
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Recorder:
+        for site in self.sites:
+            # a weight that several layers share is called with the inputs of all
+            for module in {self.model.get_submodule(name) for name in (site.name, *site.tied)}:
+                hook = module.register_forward_pre_hook(self._hook(site), with_kwargs=True)
+                self._hooks.callback(hook.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def _hook(self, site: Site) -> Callable[..., None]:
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            if values:
+                self._add(site, values[0])
+
+        return record
+
+    @torch.no_grad()
+    def _add(self, site: Site, inputs: Tensor) -> None:
+        spec, mask = site.spec, self.mask
+        assert spec is not None
+        if not spec.dims and mask is not None and inputs.shape[:-1] == mask.shape:
+            inputs = inputs[mask.to(inputs.device).bool()]
+        patches = input_patches(spec, inputs.to(self.dtype))
+        if not torch.isfinite(patches.sum()):
+            raise NumericsError(
+                f"layer {site.name!r} is called with NaN or infinity: look at the batch, and at "
+                "what the layers before it make of it"
+            )
+        moment = self.moments.get(site.name)
+        if moment is None:
+            moment = self.moments[site.name] = Moment(spec.groups, patches.shape[-1])
+        moment.update(patches)
+
+
+def run(model: nn.Module, batches: Iterable[Any]) -> Iterable[Any]:
+    """What to call the model with, on its device, one batch after the other."""
+    held = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
+    for batch in batches:
+        if isinstance(batch, list):
+            if not batch:
+                raise ConfigError(f"a batch is an empty list; {_ABOUT_BATCHES}")
+            batch = batch[0]
+        if isinstance(batch, Mapping):
+            batch = dict(batch)  # such as transformers' BatchEncoding
+        yield tree_map_only(Tensor, lambda value: value.to(held.device), batch)
+
+
+def _called(model: nn.Module, batch: Any) -> None:
+    try:
+        with torch.no_grad():
+            call(model, batch)
+    except (ConfigError, NumericsError):
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the model does not run on a batch: {type(error).__name__}: {error}; {_ABOUT_BATCHES}"
+        ) from error
+
+
+def _wanted(model: nn.Module, patterns: Sequence[str]) -> list[Site]:
+    sites = [
+        site
+        for site in survey(model)
+        if site.spec is not None and not site.obstacle and site.spec.kind != "conv_transpose"
+    ]
+    for pattern in patterns:
+        if not any(fnmatchcase(site.name, pattern) for site in sites):
+            names = [site.name for site in sites]
+            raise ConfigError(f"pattern {pattern!r} matches no layer; {near(pattern, names)}")
+    return [site for site in sites if any(fnmatchcase(site.name, p) for p in patterns)]

@@ -1,0 +1,212 @@
+"""Calibration: what is summed, what is planned and factorised with it, BatchNorm's statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import rankprune as rp
+
+
+def convnet() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(96, 10),
+    )
+
+
+def images(count: int = 6, seed: int = 0) -> list[torch.Tensor]:
+    """Smooth images: their channels and pixels correlate."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, 8, 3, 12, 12, generator=generator)
+    return list(noise.cumsum(-1).cumsum(-2) * torch.tensor([1.0, 0.3, 0.05]).reshape(3, 1, 1))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(16, 16)
+        self.shared = nn.Linear(16, 16)
+        self.again = nn.Linear(16, 16)
+        self.again.weight = self.shared.weight
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.again(torch.relu(self.shared(self.q(x))))
+
+
+def test_moments_of_every_layer() -> None:
+    model = convnet().train()
+    seen: list[torch.Tensor] = []
+    model[7].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    done: list[int] = []
+    stats = rp.calibrate(model, images(), progress=done.append)
+    assert set(stats.moments) == {"0", "3", "7"}
+    assert stats.batches == 6
+    assert done == [1, 2, 3, 4, 5, 6]
+    assert str(stats) == "inputs of 3 layers over 6 batches"
+    assert all(module.training for module in model.modules())
+    assert float(model[1].num_batches_tracked) == 0  # it ran in eval mode
+    x = torch.cat(seen).double()
+    torch.testing.assert_close(stats.moments["7"].mean()[0], x.T @ x / len(x), rtol=1e-5, atol=1e-6)
+    assert len(model[7]._forward_pre_hooks) == 1  # the test's own
+
+
+def test_fp64_sums() -> None:
+    stats = rp.calibrate(convnet(), images(), dtype=torch.float64)
+    assert all(moment.mean().dtype == torch.float64 for moment in stats.moments.values())
+    with pytest.raises(rp.ConfigError, match=r"dtype=torch\.float16"):
+        rp.calibrate(convnet(), images(), dtype=torch.float16)
+
+
+def test_what_a_batch_may_be() -> None:
+    model = convnet()
+    expected = rp.calibrate(model, images()).moments["3"].mean()
+    for batches in (
+        DataLoader(TensorDataset(torch.cat(images()), torch.zeros(48)), batch_size=8),
+        [(x,) for x in images()],
+        [{"input": x} for x in images()],
+        iter(images()),
+    ):
+        found = rp.calibrate(model, batches).moments["3"].mean()
+        torch.testing.assert_close(found, expected)
+
+
+def test_masked_positions_do_not_count() -> None:
+    model = Attention()
+    x = torch.randn(2, 5, 16)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    moment = rp.calibrate(model, [{"x": x, "attention_mask": mask}]).moments["q"]
+    assert moment.count == 8
+    kept = x[mask.bool()].double()
+    torch.testing.assert_close(moment.mean()[0], kept.T @ kept / 8, rtol=1e-5, atol=1e-6)
+
+
+def test_tied_layers_share_their_moments() -> None:
+    stats = rp.calibrate(Attention(), [torch.randn(2, 5, 16)])
+    assert set(stats.moments) == {"q", "shared"}
+    assert stats.moments["shared"].count == 20
+    assert stats.moments["q"].count == 10
+
+
+def test_only_some_layers() -> None:
+    assert set(rp.calibrate(convnet(), images(), layers="7").moments) == {"7"}
+    assert set(rp.calibrate(convnet(), images(), layers=["0", "[37]"]).moments) == {"0", "3", "7"}
+    with pytest.raises(rp.ConfigError, match="pattern 'head' matches no layer"):
+        rp.calibrate(convnet(), images(), layers="head")
+
+
+def test_planned_error_is_measured_on_held_out_batches() -> None:
+    """Of every layer alone: what the plan says is lost is lost, on data that it has not seen."""
+    model = convnet().eval()
+    stats = rp.calibrate(model, images(60, seed=1))
+    for name in ("3", "7"):
+        plan = rp.make_plan(model, rp.FixedRank(6), stats=stats, guard=False, overrides={"0": None})
+        keep = {layer.name: None for layer in plan.layers if layer.name != name}
+        plan = rp.make_plan(model, rp.FixedRank(6), stats=stats, guard=False, overrides=keep)
+        compact = rp.factorize(model, plan, stats=stats)
+        errors, energies = 0.0, 0.0
+        for batch in images(60, seed=2):
+            with torch.no_grad():
+                x = model[: int(name)](batch)
+                dense, low = model[int(name)](x), compact[int(name)](x)
+                bias = model[int(name)].bias
+                shape = (-1,) + (1,) * (dense.dim() - 2)
+                energies += float((dense - bias.reshape(shape)).square().sum())
+            errors += float((dense - low).square().sum())
+        energy = plan[name].energy
+        assert energy is not None
+        assert errors / energies == pytest.approx(1 - energy, rel=0.15)
+        assert 1e-5 < 1 - energy < 0.5
+
+
+def test_better_outputs_than_without() -> None:
+    model = convnet().eval()
+    stats = rp.calibrate(model, images(30, seed=1))
+    x = torch.cat(images(10, seed=2))
+
+    def error(compact: nn.Module) -> float:
+        with torch.no_grad():
+            return float((model(x) - compact(x)).norm() / model(x).norm())
+
+    budget = rp.Budget(params=0.4)
+    plain = rp.make_plan(model, budget)
+    aware = rp.make_plan(model, budget, stats=stats)
+    assert aware.params <= 0.4 * aware.dense_params
+    plainly = error(rp.factorize(model, plain))
+    assert error(rp.factorize(model, plain, stats=stats)) < 0.8 * plainly
+    assert error(rp.factorize(model, aware, stats=stats)) < 0.8 * plainly
+
+
+def test_rules_follow_the_outputs() -> None:
+    """Inputs of rank 4 need rank 4, whatever the weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32))
+    x = torch.randn(200, 4) @ torch.randn(4, 32)
+    stats = rp.calibrate(model, [x])
+    plan = rp.make_plan(model, rp.Energy(0.9999), stats=stats)
+    assert plan["0"].rank is not None
+    assert plan["0"].rank <= 4
+    assert rp.make_plan(model, rp.Energy(0.9999), guard=False)["0"].rank > 24
+
+
+def test_transposed_convolutions_are_left_to_plain_svd() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 3))
+    stats = rp.calibrate(model, [torch.randn(2, 3, 8, 8)])
+    assert set(stats.moments) == {"0"}
+    plan = rp.make_plan(model, rp.Ratio(0.5), guard=False, stats=stats)
+    assert len(plan.factorized) == 2
+    rp.factorize(model, plan, stats=stats)
+
+
+def test_refusals() -> None:
+    model = convnet()
+    with pytest.raises(rp.ConfigError, match="no batches"):
+        rp.calibrate(model, [])
+    with pytest.raises(rp.ConfigError, match="does not run on a batch"):
+        rp.calibrate(model, [torch.zeros(1, 5, 4, 4)])
+    with pytest.raises(rp.ConfigError, match="empty list"):
+        rp.calibrate(model, [[]])
+    with pytest.raises(rp.NumericsError, match="layer '0' is called with NaN"):
+        rp.calibrate(model, [torch.full((1, 3, 8, 8), torch.nan)])
+    stats = rp.calibrate(Attention(), [torch.randn(2, 5, 16)])
+    with pytest.raises(rp.ConfigError, match="stats are of another model: they have a layer 'q'"):
+        rp.make_plan(model, rp.Energy(0.9), stats=stats)
+    with pytest.raises(rp.ConfigError, match="stats must come from calibrate, got dict"):
+        rp.make_plan(model, rp.Energy(0.9), stats={})  # type: ignore[arg-type]
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_batchnorm_becomes_the_average_of_the_batches() -> None:
+    model = convnet().eval()
+    model[1].momentum = 0.3
+    with torch.no_grad():
+        seen = [model[0](x) for x in images()]
+    assert rp.recalibrate_bn(model, images()) is model
+    means = torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0)
+    variances = torch.stack([y.var((0, 2, 3)) for y in seen]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, means, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model[1].running_var, variances, rtol=1e-4, atol=1e-5)
+    assert model[1].momentum == 0.3
+    assert not any(module.training for module in model.modules())
+
+
+def test_batchnorm_is_left_as_it_was_after_an_error() -> None:
+    model = convnet()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for batches in ([], [images()[0], torch.zeros(1, 5, 4, 4)]):
+        with pytest.raises(rp.ConfigError):
+            rp.recalibrate_bn(model, batches)
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[key]), key
+    assert model.training
+    plain = nn.Sequential(nn.Linear(3, 3))
+    assert rp.recalibrate_bn(plain, []) is plain  # there is nothing to do
