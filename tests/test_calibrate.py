@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import rankprune as rp
+from rankprune.whitening import input_patches
 
 
 def convnet() -> nn.Sequential:
@@ -210,3 +213,28 @@ def test_batchnorm_is_left_as_it_was_after_an_error() -> None:
     assert model.training
     plain = nn.Sequential(nn.Linear(3, 3))
     assert rp.recalibrate_bn(plain, []) is plain  # there is nothing to do
+
+
+def test_layers_that_see_one_tensor_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k = self.q(x), self.k(x)
+            x.mul_(2)  # the same tensor, with other values
+            return q + k + self.v(x)
+
+    cut: list[int] = []
+
+    def counting(spec: rp.LayerSpec, inputs: torch.Tensor) -> torch.Tensor:
+        cut.append(1)
+        return input_patches(spec, inputs)
+
+    monkeypatch.setattr(sys.modules["rankprune.calibrate"], "input_patches", counting)
+    x = torch.randn(20, 8)
+    expected = (x.double().T @ x.double() / 20).float().double()
+    moments = rp.calibrate(Three(), [x.clone()]).moments
+    for name, factor in (("q", 1), ("k", 1), ("v", 4)):
+        torch.testing.assert_close(moments[name].mean()[0], factor * expected, rtol=1e-5, atol=1e-6)

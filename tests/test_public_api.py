@@ -54,6 +54,7 @@ PUBLIC = [
     "defactorize",
     "export_onnx",
     "factorize",
+    "factorize_blocks",
     "fold",
     "load",
     "make_plan",

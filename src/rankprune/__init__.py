@@ -20,6 +20,7 @@ from rankprune._version import __version__
 
 if TYPE_CHECKING:
     from rankprune.attach import attach
+    from rankprune.blocks import factorize_blocks
     from rankprune.budget import Budget
     from rankprune.calibrate import Stats, calibrate, recalibrate_bn
     from rankprune.errors import (
@@ -101,6 +102,7 @@ __all__ = [
     "defactorize",
     "export_onnx",
     "factorize",
+    "factorize_blocks",
     "fold",
     "load",
     "make_plan",
@@ -115,6 +117,7 @@ __all__ = [
 
 _MODULES = {
     "attach": "attach",
+    "blocks": "factorize_blocks",
     "budget": "Budget",
     "calibrate": "Stats calibrate recalibrate_bn",
     "errors": "BudgetError ConfigError ExportError FileError LayerError MissingExtraError "

@@ -7,7 +7,7 @@ layers' outputs, and `factorize` makes that error least.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from rankprune.errors import ConfigError, NumericsError, near
+from rankprune.errors import ConfigError, NumericsError, RankPruneError, near
 from rankprune.profile import call, evaluating
 from rankprune.survey import Site, survey
-from rankprune.whitening import Moment, input_patches
+from rankprune.whitening import Moment, Rows, input_patches
 
 _ABOUT_BATCHES = (
     "a batch is what the model is called with: a tensor, a tuple of positional or a mapping of "
@@ -88,9 +88,9 @@ def calibrate(
     sites = _wanted(model, [layers] if isinstance(layers, str) else list(layers))
     done = 0
     with evaluating(model), Recorder(model, sites, dtype) as recorder:
-        for batch in run(model, batches):
+        for batch in moved(batches, model):
             recorder.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            _called(model, batch)
+            run(model, batch)
             done += 1
             if progress is not None:
                 progress(done)
@@ -134,8 +134,8 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
                 norm.reset_running_stats()
                 norm.momentum = None  # the average of all batches
                 norm.train()
-            for batch in run(model, batches):
-                _called(model, batch)
+            for batch in moved(batches, model):
+                run(model, batch)
                 done += 1
             if not done:
                 raise ConfigError(f"no batches to estimate BatchNorm with; {_ABOUT_BATCHES}")
@@ -190,6 +190,7 @@ class Recorder:
         self.dtype = dtype
         self.moments: dict[str, Moment] = {}
         self.mask: Tensor | None = None
+        self._last: tuple[Tensor, int, Rows] | None = None
         self._hooks = ExitStack()
 
     def __enter__(self) -> Recorder:
@@ -201,6 +202,7 @@ class Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._last = None
         self._hooks.close()
 
     def _hook(self, site: Site) -> Callable[..., None]:
@@ -213,23 +215,37 @@ class Recorder:
 
     @torch.no_grad()
     def _add(self, site: Site, inputs: Tensor) -> None:
+        assert site.spec is not None
+        rows = self._rows(site, inputs)
+        moment = self.moments.get(site.name)
+        if moment is None:
+            groups, _, features = rows.values.shape
+            moment = self.moments[site.name] = Moment(groups, features)
+        moment.update(rows)
+
+    def _rows(self, site: Site, inputs: Tensor) -> Rows:
         spec, mask = site.spec, self.mask
         assert spec is not None
+        # query, key and value are called with the very same tensor
+        version = 0 if inputs.is_inference() else inputs._version
+        seen = (inputs, version)
+        if not spec.dims and self._last is not None:
+            tensor, before, rows = self._last
+            if tensor is inputs and before == version:
+                return rows
         if not spec.dims and mask is not None and inputs.shape[:-1] == mask.shape:
             inputs = inputs[mask.to(inputs.device).bool()]
-        patches = input_patches(spec, inputs.to(self.dtype))
-        if not torch.isfinite(patches.sum()):
+        rows = Rows(input_patches(spec, inputs.to(self.dtype)))
+        if not torch.isfinite(rows.values.sum()):
             raise NumericsError(
                 f"layer {site.name!r} is called with NaN or infinity: look at the batch, and at "
                 "what the layers before it make of it"
             )
-        moment = self.moments.get(site.name)
-        if moment is None:
-            moment = self.moments[site.name] = Moment(spec.groups, patches.shape[-1])
-        moment.update(patches)
+        self._last = None if spec.dims else (*seen, rows)
+        return rows
 
 
-def run(model: nn.Module, batches: Iterable[Any]) -> Iterable[Any]:
+def moved(batches: Iterable[Any], model: nn.Module) -> Iterator[Any]:
     """What to call the model with, on its device, one batch after the other."""
     held = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
     for batch in batches:
@@ -242,11 +258,16 @@ def run(model: nn.Module, batches: Iterable[Any]) -> Iterable[Any]:
         yield tree_map_only(Tensor, lambda value: value.to(held.device), batch)
 
 
-def _called(model: nn.Module, batch: Any) -> None:
+def run(model: nn.Module, batch: Any) -> Any:
+    """Call the model on a batch, without gradients.
+
+    Raises:
+        ConfigError: it does not run.
+    """
     try:
         with torch.no_grad():
-            call(model, batch)
-    except (ConfigError, NumericsError):
+            return call(model, batch)
+    except RankPruneError:
         raise
     except Exception as error:
         raise ConfigError(
@@ -254,12 +275,17 @@ def _called(model: nn.Module, batch: Any) -> None:
         ) from error
 
 
-def _wanted(model: nn.Module, patterns: Sequence[str]) -> list[Site]:
-    sites = [
+def sites_to_calibrate(model: nn.Module) -> list[Site]:
+    """Layers whose inputs can be summed: all that can be factorised but transposed convolutions."""
+    return [
         site
         for site in survey(model)
         if site.spec is not None and not site.obstacle and site.spec.kind != "conv_transpose"
     ]
+
+
+def _wanted(model: nn.Module, patterns: Sequence[str]) -> list[Site]:
+    sites = sites_to_calibrate(model)
     for pattern in patterns:
         if not any(fnmatchcase(site.name, pattern) for site in sites):
             names = [site.name for site in sites]

@@ -30,6 +30,18 @@ from rankprune.schemes import Scheme
 RIDGE = 1e-5
 
 
+class Rows:
+    """Input patches [g, n, D], whose Gram matrix is computed once for all layers that see them."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """Σ x xᵀ: [g, D, D]."""
+        return self.values.mT @ self.values
+
+
 class Moment:
     """Second moments of what a layer is called with, summed over its calls in bounded memory.
 
@@ -56,18 +68,19 @@ class Moment:
         return moment
 
     @torch.no_grad()
-    def update(self, rows: Tensor) -> None:
+    def update(self, rows: Rows | Tensor) -> None:
         """Add input patches [g, n, D], in fp32 or fp64."""
-        self.count += rows.shape[1]
+        rows = rows if isinstance(rows, Rows) else Rows(rows)
+        self.count += rows.values.shape[1]
         if self._gram is None and self.count < self.features:
-            self._rows.append(rows.clone())
+            self._rows.append(rows.values.clone())
             return
         if self._gram is None:
-            self._gram = rows.new_zeros(self.groups, self.features, self.features)
+            self._gram = rows.values.new_zeros(self.groups, self.features, self.features)
             for kept in self._rows:
                 self._gram.baddbmm_(kept.mT, kept)
             self._rows = []
-        self._gram.baddbmm_(rows.mT, rows)
+        self._gram += rows.gram
 
     def mean(self) -> Tensor:
         """G = E[x xᵀ]: [g, D, D], fp64."""
