@@ -35,6 +35,12 @@ class LowRank(nn.Sequential):
     def extra_repr(self) -> str:
         return f"scheme={self.layer.scheme}, rank={self.layer.rank}"
 
+    @property
+    def weight(self) -> Tensor:
+        """Empty: for code that asks a layer's weight for its dtype and device, as T5's does."""
+        # whoever computes with it would pass by the factors, and fails
+        return _weight(self[0]).new_empty(0)
+
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
         """The weight of the dense layer that computes the same, in that layer's shape."""
