@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import pickle
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,9 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import rankprune as rp
@@ -325,32 +329,17 @@ def test_force_replaces_a_run_and_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "kept"
 
 
-def _torchrun(out: Path) -> list[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "rankprune.cli", *RUN, "--epochs", "2", "--checkpoint-every", "3"]
+def _torchrun(processes: int, *args: object, out: Path) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", "-m", "rankprune.cli", *map(str, args)]
     return [*command, "--out", str(out), "--json"]
 
 
-@pytest.mark.slow
-def test_two_processes_train_one_network_and_resume(tmp_path: Path) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    done = subprocess.run(_torchrun(straight), capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
-    assert document == json.loads((straight / "report.json").read_text())
-    # two processes in one job, which share every batch: 7 batches of 64 are seen once, not twice
-    assert document["environment"]["processes"] == 2
-    for line in (straight / "metrics.jsonl").read_text().splitlines():
-        assert json.loads(line)["images"] == 7 * 64
-    # the saved statistics are those that were evaluated
-    measured = json.loads(cli("eval", straight / "compact", "--data", "fake", "--json").stdout)
-    assert measured["accuracy"] == document["compact"]["accuracy"]
-
+def _kill_once_it_saves(command: list[str], out: Path, env: dict[str, str]) -> None:
     process = subprocess.Popen(
-        _torchrun(resumed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env
     )
-    _wait_for(resumed / "checkpoint.pt", process)
+    _wait_for(out / "checkpoint.pt", process)
     # torchrun's workers are in sessions of their own: they have to be killed one by one
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     assert len(family) >= 3
@@ -359,8 +348,96 @@ def test_two_processes_train_one_network_and_resume(tmp_path: Path) -> None:
             member.kill()
     process.wait(60)
     psutil.wait_procs(family, timeout=60)
-    assert not (resumed / "report.json").exists()
-    again = [*_torchrun(resumed), "--resume", "auto"]
-    subprocess.run(again, check=True, capture_output=True, env=env)
+    assert not (out / "report.json").exists()
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    """A run's metrics, without those of the clock."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    clock = {"seconds", "images_per_second"}
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_network_and_resume(tmp_path: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    args = [*RUN, "--epochs", 2, "--checkpoint-every", 3]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    command = _torchrun(2, *args, out=straight)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document == json.loads((straight / "report.json").read_text())
+    # two processes in one job, which share every batch: 7 batches of 64 are seen once, not twice
+    assert document["environment"]["processes"] == 2
+    assert [record["images"] for record in _records(straight)] == [7 * 64] * 2
+    # the saved statistics are those that were evaluated
+    measured = json.loads(cli("eval", straight / "compact", "--data", "fake", "--json").stdout)
+    assert measured["accuracy"] == document["compact"]["accuracy"]
+
+    command = _torchrun(2, *args, out=resumed)
+    _kill_once_it_saves(command, resumed, env)
+    subprocess.run([*command, "--resume", "auto"], check=True, capture_output=True, env=env)
     before, after = _weights(straight), _weights(resumed)
     assert all(torch.equal(before[key], after[key]) for key in before)
+    assert _records(straight) == _records(resumed)
+
+
+def _write_jpegs(root: Path) -> Path:
+    """ImageNet's folders in small: six classes, images of many sizes, some grey."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 16), ("val", 7)):
+        for label in range(6):
+            folder = root / part / f"n{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                height, width = generator.integers(36, 90, 2)
+                pixels = generator.normal(40 * label, 40, (height, width, 3)).clip(0, 255)
+                image = Image.fromarray(pixels.astype(np.uint8))
+                image.convert("L" if index % 8 == 7 else "RGB").save(folder / f"{index}.JPEG")
+    return root
+
+
+@pytest.mark.slow
+def test_three_processes_stream_a_folder_and_resume(tmp_path: Path) -> None:
+    """As docs/imagenet.md says, with dropout, and with workers that differ from run to run."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    data = ("--data", f"imagefolder:{_write_jpegs(tmp_path / 'data')}", "--image-size", 32)
+    name = "torchvision:mobilenet_v3_small"
+    torch.save(build_model(name, classes=6).state_dict(), tmp_path / "dense.pt")
+    args: list[object] = ["train", "--preset", "paper-imagenet", *data, "--model", name]
+    args += ["--weights", tmp_path / "dense.pt", "--scheme", "channel", "--lr", 0.01, "--every", 2]
+    args += ["--epochs", 2, "--batch-size", 24, "--val-fraction", 0.2, "--checkpoint-every", 2]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    # from three on, the order in which processes add their gradients up changes the last bits
+    subprocess.run(_torchrun(3, *args, out=straight), check=True, capture_output=True, env=env)
+    command = _torchrun(3, *args, "--workers", 1, out=resumed)
+    _kill_once_it_saves(command, resumed, env)
+    subprocess.run([*command, "--resume", "auto"], check=True, capture_output=True, env=env)
+
+    before, after = _weights(straight), _weights(resumed)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    records, report = _records(straight), json.loads((straight / "report.json").read_text())
+    assert records == _records(resumed)
+    assert report == json.loads((resumed / "report.json").read_text())
+    assert [record["lr"] for record in records] == [0.01] * 2
+    assert all(record["val_accuracy"] <= record["val_top5"] <= 1 for record in records)
+    # 42 images over three processes are those that one process counts
+    for kind, weights in (("compact", straight / "compact"), ("dense", tmp_path / "dense.pt")):
+        measured = json.loads(cli("eval", weights, "--model", name, *data, "--json").stdout)
+        assert measured["accuracy"] == report[kind]["accuracy"]
+        assert measured["accuracy"] <= measured["top5"]
+        assert measured["images"] == 42
+
+
+def _documented(page: str) -> list[str]:
+    """The arguments of rankprune in every command of a page."""
+    text = (Path(__file__).parents[1] / "docs" / page).read_text().replace("\\\n", " ")
+    return re.findall(r"^\$ (?:rankprune|torchrun .* -m rankprune\.cli) (.+)$", text, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("args", _documented("imagenet.md"))
+def test_documented_commands_lack_nothing_but_their_files(tmp_path: Path, args: str) -> None:
+    done = cli(*shlex.split(args), code=3, cwd=tmp_path)
+    assert re.search(r"^error: (imagenet: no such folder|runs/\S+: no report)", done.stderr)

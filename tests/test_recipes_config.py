@@ -63,11 +63,11 @@ def test_bad_options_are_named(values: dict[str, object], message: str) -> None:
         make_config({**BASE, **values})
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(("preset", "epochs"), [("paper", 164), ("paper-imagenet", 10)])
 @pytest.mark.parametrize("scheme", ["channel", "spatial", "decoupled"])
-def test_presets_are_complete(preset: str, scheme: str) -> None:
+def test_presets_are_complete(preset: str, epochs: int, scheme: str) -> None:
     config = make_config({**BASE, **PRESETS[preset], "scheme": scheme, "nuclear": 0.0})
-    assert (config.epochs, config.every, config.rank) == (164, 20, "energy:0.98")
+    assert (config.epochs, config.every, config.rank) == (epochs, 20, "energy:0.98")
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "!!python/object/apply:os.getcwd []", "\x00"])

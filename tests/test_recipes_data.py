@@ -4,24 +4,47 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from rankprune.errors import ConfigError, FileError
 from rankprune.recipes.batches import eval_batches, steps_per_epoch, train_batches
-from rankprune.recipes.data import FileImages, MemoryImages, Subset, load_data
+from rankprune.recipes.data import FileImages, ImageData, MemoryImages, Subset, decode, load_data
 
 
 def write_folder(root: Path, sizes: list[tuple[int, int]], parts: tuple[str, ...]) -> Path:
-    """An image folder of two classes, with one image of each size a class and part."""
+    """An image folder of two classes, with one image of noise of each size a class and part."""
+    generator = np.random.default_rng(0)
     for part in parts:
-        for label, colour in (("cat", 40), ("dog", 200)):
+        for label in ("cat", "dog"):
             (root / part / label).mkdir(parents=True)
-            for index, size in enumerate(sizes):
-                image = Image.new("RGB", size, (colour, index, 0))
-                image.save(root / part / label / f"{index}.png")
+            for index, (width, height) in enumerate(sizes):
+                pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / part / label / f"{index}.png")
     return root
+
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def epoch(data: ImageData, batch: int, **options: int) -> Batches:
+    return list(train_batches(data, batch=batch, **{"seed": 3, "epoch": 1, **options}))
+
+
+def same(first: Batches, second: Batches) -> bool:
+    """Bit for bit, images and labels."""
+    pairs = zip(first, second, strict=True)
+    return all(torch.equal(x, y) for a, b in pairs for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
+    """Files of many sizes, which are decoded batch by batch."""
+    sizes = [(40 + 3 * index, 64 - 2 * index) for index in range(10)]
+    folder = write_folder(tmp_path_factory.mktemp("large"), sizes, ("train", "val"))
+    return load_data(f"imagefolder:{folder}", image_size=32)
 
 
 @pytest.mark.parametrize("name", ["digits", "fake"])
@@ -31,11 +54,11 @@ def test_split_is_a_partition_and_depends_on_the_seed_alone(name: str) -> None:
     assert isinstance(first.val, Subset)
     assert isinstance(again.val, Subset)
     assert isinstance(other.val, Subset)
-    train, val = set(first.train.indices), set(first.val.indices)
+    train, val = set(first.train.indices.tolist()), set(first.val.indices.tolist())
     assert not train & val
     assert len(train) + len(val) == len(first.train.images)
-    assert first.val.indices == again.val.indices
-    assert first.val.indices != other.val.indices
+    assert torch.equal(first.val.indices, again.val.indices)
+    assert not torch.equal(first.val.indices, other.val.indices)
 
 
 def test_moments_are_those_of_the_training_pixels() -> None:
@@ -47,43 +70,35 @@ def test_moments_are_those_of_the_training_pixels() -> None:
     assert data.std[0] == pytest.approx(float(pixels.std(correction=0)), abs=1e-9)
 
 
-def test_batches_depend_on_seed_epoch_and_position_alone() -> None:
-    data = load_data("fake")
-
-    def epoch(**options: int) -> list[torch.Tensor]:
-        batches = train_batches(data, batch=32, **{"seed": 3, "epoch": 1, **options})
-        return [pixels for pixels, _ in batches]
-
-    whole = epoch()
-    torch.manual_seed(99)
-    assert len(whole) == steps_per_epoch(data.train, 32)
-    assert all(torch.equal(a, b) for a, b in zip(whole, epoch(), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(whole[5:], epoch(first=5), strict=True))
-    assert not torch.equal(whole[0], epoch(epoch=2)[0])
-    assert not torch.equal(whole[0], epoch(seed=4)[0])
+def test_batches_depend_on_seed_epoch_and_position_alone(large: ImageData) -> None:
+    for data, batch in ((load_data("fake"), 32), (large, 4)):
+        whole = epoch(data, batch)
+        state = torch.manual_seed(99).get_state()
+        assert len(whole) == steps_per_epoch(data.train, batch)
+        assert same(whole, epoch(data, batch))
+        assert same(whole[2:], epoch(data, batch, first=2))
+        assert not torch.equal(whole[0][0], epoch(data, batch, epoch=2)[0][0])
+        assert not torch.equal(whole[0][0], epoch(data, batch, seed=4)[0][0])
+        # dropout draws from here, and a resumed run prepares batches once more
+        assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.slow
-def test_batches_do_not_depend_on_the_number_of_workers() -> None:
-    data = load_data("fake")
-    plain, parallel = (
-        [p for p, _ in train_batches(data, batch=64, seed=0, epoch=0, workers=n)] for n in (0, 2)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(plain, parallel, strict=True))
+def test_batches_do_not_depend_on_the_number_of_workers(large: ImageData) -> None:
+    for data, batch in ((load_data("fake"), 64), (large, 4)):
+        assert same(epoch(data, batch), epoch(data, batch, workers=2))
+    alone, parallel = (list(eval_batches(large.test, 3, workers=workers)) for workers in (0, 2))
+    assert same(alone, parallel)
 
 
-def test_processes_share_a_batch() -> None:
-    data = load_data("fake")
-    options = {"batch": 32, "seed": 0, "epoch": 0}
-    whole = next(iter(train_batches(data, augment=False, **options)))[1]
-    shares = [
-        next(iter(train_batches(data, augment=False, rank=rank, world=2, **options)))[1]
-        for rank in range(2)
-    ]
-    assert torch.equal(whole[0::2], shares[0])
-    assert torch.equal(whole[1::2], shares[1])
-    with pytest.raises(ConfigError, match="cannot be shared by 3 processes"):
-        next(iter(train_batches(data, world=3, **options)))
+def test_processes_share_a_batch(large: ImageData) -> None:
+    """What becomes of an image does not depend on which process it falls to."""
+    whole = epoch(large, 6)
+    for rank in range(3):
+        share = epoch(large, 6, rank=rank, world=3)
+        assert same([(pixels[rank::3], labels[rank::3]) for pixels, labels in whole], share)
+    with pytest.raises(ConfigError, match="cannot be shared by 4 processes"):
+        epoch(large, 6, world=4)
 
 
 def test_every_image_is_evaluated_once_over_all_processes() -> None:
@@ -101,13 +116,38 @@ def test_small_images_are_kept_in_memory_and_large_ones_decoded(tmp_path: Path) 
     assert small.shape == (3, 8, 8)
     assert isinstance(small.test, MemoryImages)
     assert small.classes == ("cat", "dog")
-    mixed = load_data(
-        f"imagefolder:{write_folder(tmp_path / 'b', [(40, 30), (50, 60)] * 3, ('train', 'val'))}",
-        image_size=24,
-    )
-    assert isinstance(mixed.test, FileImages)
-    assert [tuple(i.shape) for i in mixed.test.fetch([0, 1], train=False)] == [(3, 24, 24)] * 2
-    assert mixed.test.fetch([0], train=True)[0].shape == (3, 24, 24)
+    name = f"imagefolder:{write_folder(tmp_path / 'b', [(320, 256)] * 2, ('train', 'val'))}"
+    wide = load_data(name, image_size=224)
+    assert isinstance(wide.test, FileImages)
+    assert (wide.mean, wide.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    # evaluated as ImageNet is: the shorter side 256, and of that the middle 224 × 224
+    whole = decode(tmp_path / "b" / "val" / "cat" / "1.png")
+    assert torch.equal(wide.test.fetch(1, train=False), whole[:, 16:240, 48:272])
+    crops = [wide.test.fetch(1, train=True) for _ in range(2)]
+    assert [tuple(crop.shape) for crop in crops] == [(3, 224, 224)] * 2
+    assert not torch.equal(*crops)
+
+
+def test_streamed_images_are_those_in_memory(tmp_path: Path) -> None:
+    name = f"imagefolder:{write_folder(tmp_path, [(8, 8)] * 10, ('train', 'test'))}"
+    kept, streamed = load_data(name), load_data(name, stream=True)
+    assert isinstance(kept.test, MemoryImages)
+    assert isinstance(streamed.test, FileImages)
+    assert (kept.mean, kept.std, kept.shape) == (streamed.mean, streamed.std, streamed.shape)
+    assert same(epoch(kept, 6), epoch(streamed, 6))
+    assert same(list(eval_batches(kept.test, 7)), list(eval_batches(streamed.test, 7)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_named_in_one_line(tmp_path: Path, workers: int) -> None:
+    folder = write_folder(tmp_path, [(40, 30)] * 70, ("train", "test"))
+    data = load_data(f"imagefolder:{folder}", image_size=16)
+    broken = folder / "test" / "dog" / "3.png"
+    broken.write_bytes(b"not an image")
+    with pytest.raises(FileError) as caught:
+        list(eval_batches(data.test, 50, workers=workers))
+    assert str(caught.value).startswith(f"{broken}: not a readable image")
+    assert "\n" not in str(caught.value)
 
 
 def test_val_and_test_are_used_as_they_are(tmp_path: Path) -> None:

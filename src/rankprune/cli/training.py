@@ -52,7 +52,8 @@ def train(
         Path | None, typer.Option(help="YAML file with options; flags go before it.")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="paper: the set-up of Xu et al. 2019 for CIFAR-10.")
+        str | None,
+        typer.Option(help="The set-up of Xu et al. 2019: paper (CIFAR-10) or paper-imagenet."),
     ] = None,
     scheme: Scheme = None,
     flops: Flops = None,
@@ -80,7 +81,9 @@ def train(
     optimizer: Annotated[str | None, typer.Option(help="sgd or adamw.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate at its highest.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of the optimizer.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="onecycle, cosine or multistep.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="onecycle, cosine, multistep or constant.")
+    ] = None,
     label_smoothing: Annotated[float | None, typer.Option(help="Of the loss.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
     val_fraction: Annotated[
@@ -102,6 +105,9 @@ def train(
         bool | None, typer.Option("--download", help="Fetch a missing data set.")
     ] = None,
     image_size: ImageSize = None,
+    stream: Annotated[
+        bool | None, typer.Option("--stream", help="Decode image files batch by batch.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that prepare batches.")] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
@@ -125,12 +131,13 @@ def train(
         options = _options(flags, config, preset)
         if resume not in ("auto", "never"):
             raise ConfigError(f"--resume {resume!r}: auto or never")
+        main = runs.is_main_process()
         if dry_run:
             plan = runs.preview(options, runs.load(options))
             document = None if plan is None else json.loads(plan.to_json())
-            show({"config": options.model_dump(), "plan": document}, plan or "a dense run")
+            if main:
+                show({"config": options.model_dump(), "plan": document}, plan or "a dense run")
             return
-        main = runs.is_main_process()
         progress = make_progress() if main else None
         report = runs.run(options, out, progress, resume=resume == "auto", force=force)
         if main:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from rankprune.errors import ConfigError
+from rankprune.errors import ConfigError, FileError
 from rankprune.recipes.data import ImageData, Images
 
 
@@ -41,7 +41,7 @@ class Normalise:
 
 
 class _TrainBatches(Dataset[tuple[Tensor, Tensor]]):
-    """One epoch's batches of one process."""
+    """One epoch's batches of one process; what becomes of an image depends on its index alone."""
 
     def __init__(
         self, data: ImageData, batch: int, seed: int, epoch: int, share: slice, augment: bool
@@ -49,18 +49,37 @@ class _TrainBatches(Dataset[tuple[Tensor, Tensor]]):
         self.images, self.batch, self.seed, self.epoch = data.train, batch, seed, epoch
         self.share = share
         generator = torch.Generator().manual_seed(seed_for(seed, epoch))
-        self.order = torch.randperm(len(self.images), generator=generator).tolist()
+        self.order = torch.randperm(len(self.images), generator=generator)
         self.augment = _augmentation(data) if augment else None
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        positions = self.order[index * self.batch : (index + 1) * self.batch][self.share]
-        rank = self.share.start or 0
+        chosen = self.order[index * self.batch : (index + 1) * self.batch][self.share]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_for(self.seed, self.epoch, index, rank))
-            images = self.images.fetch(positions, train=self.augment is not None)
-            if self.augment is not None:
-                images = [self.augment(image) for image in images]
-        return torch.stack(images), self.images.labels[positions]
+            pixels = torch.stack([self._image(i) for i in chosen.tolist()])
+        return pixels, self.images.labels[chosen]
+
+    def _image(self, index: int) -> Tensor:
+        if self.augment is None:
+            return self.images.fetch(index, train=False)
+        # the CPU's generator only: torch.manual_seed would seed the training's on a GPU too
+        torch.default_generator.manual_seed(seed_for(self.seed, self.epoch, index))
+        image: Tensor = self.augment(self.images.fetch(index, train=True))
+        return image
+
+
+class _EvalBatches(Dataset[tuple[Tensor, Tensor]]):
+    """All images of one process in order, the last batch as short as it comes."""
+
+    def __init__(self, images: Images, batch: int, share: range) -> None:
+        self.images, self.batch, self.share = images, batch, share
+
+    def __len__(self) -> int:
+        return -(-len(self.share) // self.batch)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        chosen = list(self.share[index * self.batch : (index + 1) * self.batch])
+        pixels = torch.stack([self.images.fetch(i, train=False) for i in chosen])
+        return pixels, self.images.labels[chosen]
 
 
 def steps_per_epoch(images: Images, batch: int) -> int:
@@ -103,18 +122,39 @@ def train_batches(
     """
     count = check_batch(data, batch, world)
     dataset = _TrainBatches(data, batch, seed, epoch, slice(rank, None, world), augment)
-    loader = DataLoader(dataset, batch_size=None, sampler=range(first, count), num_workers=workers)
-    yield from loader
+    return _prepared(dataset, range(first, count), workers)
 
 
 def eval_batches(
-    images: Images, batch: int, *, rank: int = 0, world: int = 1
+    images: Images, batch: int, *, rank: int = 0, world: int = 1, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All images of this process in order, the last batch as short as it comes."""
-    positions = range(rank, len(images), world)
-    for start in range(0, len(positions), batch):
-        chosen = list(positions[start : start + batch])
-        yield torch.stack(images.fetch(chosen, train=False)), images.labels[chosen]
+    dataset = _EvalBatches(images, batch, range(rank, len(images), world))
+    return _prepared(dataset, range(len(dataset)), workers)
+
+
+def _prepared(
+    dataset: Dataset[tuple[Tensor, Tensor]], order: range, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches, prepared by worker processes where there are any.
+
+    Raises:
+        FileError: a file is no image, or damaged.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        # of its own: it draws a number when it starts, and a resumed run starts once more
+        generator=torch.Generator(),
+    )
+    try:
+        yield from loader
+    except FileError as error:
+        # what comes from a worker has its traceback in front
+        raise FileError(str(error).rpartition("FileError: ")[2].strip()) from None
 
 
 def _augmentation(data: ImageData) -> torch.nn.Module:

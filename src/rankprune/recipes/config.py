@@ -29,6 +29,7 @@ class TrainConfig(BaseModel):
         data_root: where torchvision's data sets lie.
         download: fetch a torchvision data set that is missing.
         image_size: side of the images in pixels; None takes the data set's own.
+        stream: decode image files batch by batch, also where they would fit in memory.
         pretrained: start from the model library's weights.
         weights: start from this state dict (.safetensors, .pt or a saved folder).
         method: "trp", or "dense" for a baseline without it.
@@ -50,15 +51,15 @@ class TrainConfig(BaseModel):
         optimizer: "sgd" (momentum 0.9) or "adamw".
         lr: learning rate at its highest.
         weight_decay: of the optimizer.
-        schedule: "onecycle", "cosine" or "multistep" (÷10 at 50 % and at 75 %).
+        schedule: "onecycle", "cosine", "multistep" (÷10 at 50 % and at 75 %) or "constant".
         label_smoothing: of the cross-entropy.
         precision: of training; evaluation is always fp32.
         val_fraction: share of the training images kept for validation, where the data set has no
             validation part of its own.
         augment: crop and flip the training images.
         seed: of weights, order, augmentation and split.
-        workers: processes that prepare batches; 0 prepares them in the training process. The
-            result does not depend on it.
+        workers: processes that prepare batches, beside each training process; 0 prepares them in
+            it. The result does not depend on it.
         checkpoint_every: steps between checkpoints; one is always written after an epoch.
     """
 
@@ -69,6 +70,7 @@ class TrainConfig(BaseModel):
     data_root: str = "data"
     download: bool = False
     image_size: int | None = Field(default=None, ge=1)
+    stream: bool = False
     pretrained: bool = False
     weights: str | None = None
     method: Literal["trp", "dense"] = "trp"
@@ -93,7 +95,7 @@ class TrainConfig(BaseModel):
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = Field(default=0.1, gt=0)
     weight_decay: float = Field(default=5e-4, ge=0)
-    schedule: Literal["onecycle", "cosine", "multistep"] = "onecycle"
+    schedule: Literal["onecycle", "cosine", "multistep", "constant"] = "onecycle"
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     val_fraction: float = Field(default=0.1, gt=0, lt=1)
@@ -138,6 +140,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "every": 20,
         "start": 0.0,
         "nuclear": 3e-4,
+    },
+    # From pretrained weights. One image in a hundred is kept to validate every epoch on.
+    "paper-imagenet": {
+        "epochs": 10,
+        "batch_size": 256,
+        "optimizer": "sgd",
+        "lr": 1e-4,
+        "weight_decay": 1e-4,
+        "schedule": "constant",
+        "rank": "energy:0.98",
+        "every": 20,
+        "start": 0.0,
+        "nuclear": 3e-4,
+        "val_fraction": 0.01,
     },
 }
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from rankprune.errors import ConfigError, FileError, MissingExtraError, near
 
 DATA_SETS = ("digits", "cifar10", "cifar100", "fake", "imagefolder:DIR")
-# Images that are decoded once and kept; larger sets are decoded batch by batch.
+# Images that may be used as they are, and kept; larger sets are cropped, batch by batch.
 MAX_CACHE_BYTES = 4 * 2**30
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _DEFAULT_SIZE = 224
+# What Pillow's decoder gains from threads ends about here.
+_THREADS = 4
 
 
 class Images(Protocol):
@@ -34,8 +38,8 @@ class Images(Protocol):
         """Number of images."""
         ...
 
-    def fetch(self, indices: Sequence[int], *, train: bool) -> list[Tensor]:
-        """Images as uint8 [C, H, W] of one size; `train` allows random crops of larger files."""
+    def fetch(self, index: int, *, train: bool) -> Tensor:
+        """An image as uint8 [C, H, W], all of one size; `train` allows a random crop of a file."""
         ...
 
 
@@ -49,31 +53,48 @@ class MemoryImages:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def fetch(self, indices: Sequence[int], *, train: bool) -> list[Tensor]:
-        return list(self.pixels[list(indices)].unbind(0))
+    def fetch(self, index: int, *, train: bool) -> Tensor:
+        return self.pixels[index]
 
 
 @dataclass(frozen=True)
 class FileImages:
-    """Image files of any size, decoded to RGB and brought to one size when they are needed."""
+    """Image files, decoded to RGB when they are needed.
 
-    paths: tuple[Path, ...]
+    Attributes:
+        paths: encoded, in one array; a million strings would be copied into every worker process.
+        labels: class of every image.
+        size: side to which images are brought.
+        alike: whether the files have that size; others are resized and cropped.
+    """
+
+    paths: npt.NDArray[np.bytes_]
     labels: Tensor
     size: int
+    alike: bool
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def fetch(self, indices: Sequence[int], *, train: bool) -> list[Tensor]:
+    def fetch(self, index: int, *, train: bool) -> Tensor:
         from torchvision.transforms import v2
 
+        path = Path(os.fsdecode(self.paths[index]))
+        image = decode(path)
+        if self.alike:
+            if image.shape[1:] != (self.size, self.size):
+                raise FileError(
+                    f"{path}: {image.shape[2]}×{image.shape[1]} pixels, others have "
+                    f"{self.size}×{self.size}; give image_size to bring them all to one"
+                )
+            return image
         if train:
-            fit: Any = v2.RandomResizedCrop(self.size, antialias=True)
-        else:
-            fit = v2.Compose(
-                [v2.Resize(round(self.size * 256 / 224), antialias=True), v2.CenterCrop(self.size)]
-            )
-        return [fit(decode(self.paths[index])) for index in indices]
+            cropped: Tensor = v2.RandomResizedCrop(self.size, antialias=True)(image)
+            return cropped
+        # 256 for 224, as everybody evaluates ImageNet
+        shorter = round(self.size * 256 / 224)
+        centre: Tensor = v2.CenterCrop(self.size)(v2.Resize(shorter, antialias=True)(image))
+        return centre
 
 
 @dataclass(frozen=True)
@@ -81,17 +102,17 @@ class Subset:
     """Some of the images of another list."""
 
     images: Images
-    indices: tuple[int, ...]
+    indices: Tensor
 
-    @property
+    @cached_property
     def labels(self) -> Tensor:
-        return self.images.labels[list(self.indices)]
+        return self.images.labels[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def fetch(self, indices: Sequence[int], *, train: bool) -> list[Tensor]:
-        return self.images.fetch([self.indices[index] for index in indices], train=train)
+    def fetch(self, index: int, *, train: bool) -> Tensor:
+        return self.images.fetch(int(self.indices[index]), train=train)
 
 
 @dataclass(frozen=True)
@@ -126,6 +147,7 @@ def load_data(
     image_size: int | None = None,
     val_fraction: float = 0.1,
     seed: int = 0,
+    stream: bool = False,
 ) -> ImageData:
     """Load a data set by name.
 
@@ -134,9 +156,12 @@ def load_data(
         root: where torchvision's data sets lie.
         download: fetch a torchvision data set that is missing.
         image_size: side to which image files are brought; None takes the files' own where all are
-            alike, else 224.
+            alike, else 224. Files that have another size, or that do not fit in memory, are
+            decoded batch by batch and cropped at random to train.
         val_fraction: share of the training images that becomes the validation part.
         seed: of that split.
+        stream: decode image files batch by batch, also where they would fit in memory. The images
+            are the same.
 
     Raises:
         ConfigError: unknown name.
@@ -144,7 +169,7 @@ def load_data(
     """
     kind, _, argument = name.partition(":")
     if kind == "imagefolder" and argument:
-        return _image_folder(Path(argument), image_size, val_fraction, seed)
+        return _image_folder(Path(argument), image_size, val_fraction, seed, stream)
     if argument or kind not in ("digits", "cifar10", "cifar100", "fake"):
         raise ConfigError(f"unknown data set {name!r}; {near(name, DATA_SETS)}")
     if kind == "digits":
@@ -154,7 +179,7 @@ def load_data(
     else:
         train, test, classes = _cifar(kind, root, download)
     fit, val = _split(train, val_fraction, seed)
-    return _in_memory(train, fit, val, test, classes, flip=kind != "digits")
+    return _as_they_are(train, fit, val, test, classes, flip=kind != "digits")
 
 
 def decode(path: Path) -> Tensor:
@@ -174,8 +199,8 @@ def decode(path: Path) -> Tensor:
         ) from None
 
 
-def _in_memory(
-    all_train: MemoryImages,
+def _as_they_are(
+    all_train: Images,
     train: Images,
     val: Images,
     test: Images,
@@ -183,20 +208,30 @@ def _in_memory(
     *,
     flip: bool,
 ) -> ImageData:
-    channels, height, width = all_train.pixels.shape[1:]
-    mean, std = _moments(all_train.pixels)
+    channels, height, width = all_train.fetch(0, train=False).shape
+    mean, std = _moments(all_train)
     return ImageData(
         train, val, test, classes, (channels, height, width), mean, std, flip=flip, crop=True
     )
 
 
-def _moments(pixels: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _moments(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of every channel, exactly, from counts of pixel values."""
+
+    step = 128
+
+    def count(start: int) -> Tensor:
+        indices = range(start, min(start + step, len(images)))
+        pixels = torch.stack([images.fetch(index, train=False) for index in indices])
+        channels = pixels.transpose(0, 1).flatten(1)
+        return torch.stack([torch.bincount(values, minlength=256) for values in channels])
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        parts = pool.map(count, range(0, len(images), step))
+        counts = torch.stack(list(parts)).sum(0).double()
     levels = torch.arange(256, dtype=torch.float64) / 255
     means, deviations = [], []
-    for channel in pixels.unbind(1):
-        counts = torch.bincount(channel.flatten().int(), minlength=256).double()
-        share = counts / counts.sum()
+    for share in counts / counts.sum(1, keepdim=True):
         mean = float((share * levels).sum())
         variance = float((share * (levels - mean).square()).sum())
         means.append(mean)
@@ -211,8 +246,8 @@ def _split(images: Images, fraction: float, seed: int) -> tuple[Images, Images]:
         raise ConfigError(
             f"val_fraction={fraction}: of {len(images)} training images none would be left"
         )
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Subset(images, tuple(order[count:])), Subset(images, tuple(order[:count]))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return Subset(images, order[count:]), Subset(images, order[:count])
 
 
 def _digits() -> tuple[MemoryImages, MemoryImages, tuple[str, ...]]:
@@ -272,7 +307,7 @@ def _cifar(
 
 
 def _image_folder(
-    folder: Path, image_size: int | None, val_fraction: float, seed: int
+    folder: Path, image_size: int | None, val_fraction: float, seed: int, stream: bool
 ) -> ImageData:
     if not folder.is_dir():
         raise FileError(f"{folder}: no such folder")
@@ -286,25 +321,18 @@ def _image_folder(
     size, alike = _common_size(listed[0][0])
     side = image_size or (size if alike else _DEFAULT_SIZE)
     total = sum(len(paths) for paths, _ in listed) * 3 * side * side
-    if alike and side == size and total <= MAX_CACHE_BYTES:
-        parts: list[Images] = [_decode_all(paths, labels, side) for paths, labels in listed]
-    else:
-        parts = [FileImages(tuple(paths), labels, side) for paths, labels in listed]
+    alike = alike and side == size and total <= MAX_CACHE_BYTES
+    files = [FileImages(paths, labels, side, alike) for paths, labels in listed]
+    parts: list[Images] = [*files]
+    if alike and not stream:
+        parts = [_decode_all(part) for part in files]
     all_train, test = parts[0], parts[-1]
     train, val = (all_train, parts[1]) if separate else _split(all_train, val_fraction, seed)
-    if isinstance(all_train, MemoryImages):
-        return _in_memory(all_train, train, val, test, classes, flip=True)
-    return ImageData(
-        train,
-        val,
-        test,
-        classes,
-        (3, side, side),
-        _IMAGENET_MEAN,
-        _IMAGENET_STD,
-        flip=True,
-        crop=False,
-    )
+    if alike:
+        return _as_they_are(all_train, train, val, test, classes, flip=True)
+    shape = (3, side, side)
+    mean, std = _IMAGENET_MEAN, _IMAGENET_STD
+    return ImageData(train, val, test, classes, shape, mean, std, flip=True, crop=False)
 
 
 def _list_images(folders: list[Path]) -> tuple[Any, ...]:
@@ -323,31 +351,26 @@ def _list_images(folders: list[Path]) -> tuple[Any, ...]:
             odd = sorted(set(found.classes) ^ set(classes))
             raise FileError(f"{folder}: its classes are not those of train/: {odd[0]!r} differs")
         classes = tuple(found.classes)
-        parts.append(([Path(path) for path, _ in found.samples], torch.tensor(found.targets)))
+        paths = np.array([os.fsencode(path) for path, _ in found.samples])
+        parts.append((paths, torch.tensor(found.targets)))
     return (classes, *parts)
 
 
-def _common_size(paths: Sequence[Path]) -> tuple[int, bool]:
+def _common_size(paths: npt.NDArray[np.bytes_]) -> tuple[int, bool]:
     """Side of the images, and whether a sample of them are squares of that side."""
     step = max(1, len(paths) // 64)
-    shapes = {tuple(decode(path).shape[1:]) for path in paths[::step]}
+    shapes = {tuple(decode(Path(os.fsdecode(path))).shape[1:]) for path in paths[::step]}
     height, width = next(iter(shapes))
     return height, len(shapes) == 1 and height == width
 
 
-def _decode_all(paths: Sequence[Path], labels: Tensor, side: int) -> MemoryImages:
-    pixels = torch.empty(len(paths), 3, side, side, dtype=torch.uint8)
+def _decode_all(files: FileImages) -> MemoryImages:
+    pixels = torch.empty(len(files), 3, files.size, files.size, dtype=torch.uint8)
 
     def place(index: int) -> None:
-        image = decode(paths[index])
-        if image.shape[1:] != (side, side):
-            raise FileError(
-                f"{paths[index]}: {image.shape[2]}×{image.shape[1]} pixels, others have "
-                f"{side}×{side}; give image_size to bring them all to one"
-            )
-        pixels[index] = image
+        pixels[index] = files.fetch(index, train=False)
 
-    with ThreadPoolExecutor(4) as pool:
-        for _ in pool.map(place, range(len(paths)), chunksize=256):
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for _ in pool.map(place, range(len(files)), chunksize=256):
             pass
-    return MemoryImages(pixels, labels)
+    return MemoryImages(pixels, files.labels)

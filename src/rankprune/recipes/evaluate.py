@@ -21,6 +21,7 @@ def evaluate(
     device: torch.device,
     rank: int = 0,
     world: int = 1,
+    workers: int = 0,
 ) -> dict[str, float]:
     """Accuracy and loss over a part of a data set.
 
@@ -30,7 +31,8 @@ def evaluate(
         data: gives the normalisation.
         device: where to compute.
         rank: this process.
-        world: number of processes; the result is that of all of them.
+        world: number of processes; the result is that of all of them, every image counted once.
+        workers: processes that prepare batches.
 
     Returns:
         "accuracy" and "top5" as fractions, the mean cross-entropy "loss", the number of "images".
@@ -38,7 +40,8 @@ def evaluate(
     normalise = Normalise(data, device)
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     with evaluating(model):
-        for pixels, labels in eval_batches(images, _BATCH, rank=rank, world=world):
+        batches = eval_batches(images, _BATCH, rank=rank, world=world, workers=workers)
+        for pixels, labels in batches:
             logits, target = model(normalise(pixels)).float(), labels.to(device)
             best = logits.topk(min(5, logits.shape[1])).indices == target.unsqueeze(1)
             loss = nn.functional.cross_entropy(logits, target, reduction="sum")

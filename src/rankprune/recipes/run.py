@@ -43,7 +43,7 @@ BASELINE = "baseline"
 _FILES = (REPORT, CHECKPOINT, METRICS, CONFIG)
 _FOLDERS = ("compact", "projected", "dense", BASELINE)
 # Options that change how a run proceeds, and not what comes out.
-_FREE = {"workers", "checkpoint_every", "data_root", "download"}
+_FREE = {"workers", "checkpoint_every", "data_root", "download", "stream"}
 
 
 def run(
@@ -129,6 +129,7 @@ def load(config: TrainConfig) -> ImageData:
         image_size=config.image_size,
         val_fraction=config.val_fraction,
         seed=config.seed,
+        stream=config.stream,
     )
 
 
@@ -232,18 +233,24 @@ def _train(
     accuracies: dict[str, float | None] = {"dense": None, "projected": None, "compact": None}
     if config.method == "trp" and not config.baseline and (config.pretrained or config.weights):
         # what there was to lose: the starting point's accuracy
-        accuracies["dense"] = evaluate(model, data.test, data, device=torch.device("cpu"))[
-            "accuracy"
-        ]
+        accuracies["dense"] = _test(config, data, model)
     result = fit(config, data, model, folder=folder, progress=progress)
     if config.method == "dense":
-        accuracies["dense"] = _test(result, result.model, data)
+        accuracies["dense"] = _test(config, data, result.model)
     return result, accuracies
 
 
-def _test(result: Trained, model: nn.Module, data: ImageData) -> float:
+def _test(config: TrainConfig, data: ImageData, model: nn.Module) -> float:
+    """Accuracy on the test part, measured by all processes together."""
+    state = process_state()
     return evaluate(
-        model, data.test, data, device=result.device, rank=result.rank, world=result.world
+        model.to(state.device),
+        data.test,
+        data,
+        device=state.device,
+        rank=state.process_index,
+        world=state.num_processes,
+        workers=config.workers,
     )["accuracy"]
 
 
@@ -257,17 +264,15 @@ def _finish(
     dense, plan = result.model.eval(), result.plan
     compact = dense if plan is None else factorize(dense, plan)
     if plan is not None:
-        accuracies["projected"] = _test(result, dense, data)
-        accuracies["compact"] = _test(result, compact, data)
+        accuracies["projected"] = _test(config, data, dense)
+        accuracies["compact"] = _test(config, data, compact)
     else:
         accuracies["compact"] = accuracies["dense"]
     summary = report(
         dense,
         compact,
         # a real image: the outputs are compared on it
-        example_inputs=Normalise(data, result.device)(
-            torch.stack(data.test.fetch([0], train=False))
-        ),
+        example_inputs=Normalise(data, result.device)(data.test.fetch(0, train=False).unsqueeze(0)),
         plan=plan,
         accuracies=accuracies,
     )

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,22 +24,11 @@ from rankprune.recipes.checkpoint import read_checkpoint, write_checkpoint
 from rankprune.recipes.config import TrainConfig
 from rankprune.recipes.data import ImageData
 from rankprune.recipes.evaluate import evaluate
+from rankprune.recipes.interrupt import Interrupted, catching_signals
 from rankprune.training import Controller
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
-
-
-class Interrupted(RankPruneError):  # noqa: N818 - not an error
-    """A signal ended the run, after a checkpoint.
-
-    Attributes:
-        signal: its number.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"interrupted by {signal.Signals(number).name}")
-        self.signal = number
 
 
 class Progress:
@@ -73,7 +58,6 @@ class Trained:
     plan: Plan | None
     device: torch.device
     is_main: bool
-    rank: int
     world: int
 
 
@@ -168,13 +152,15 @@ class _Run:
         self.step = 0
         self.records: list[dict[str, Any]] = []
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+        if self.accelerator.num_processes > 1:
+            self._order_buckets()
         if checkpoint is not None:
             self._continue(checkpoint)
 
     def train(self) -> Trained:
         self.progress.start(self.config.method, self.total, self.step)
         try:
-            with _catching_signals() as caught:
+            with catching_signals() as caught:
                 for epoch in range(self.step // self.steps, self.config.epochs):
                     self._epoch(epoch, caught)
         finally:
@@ -187,9 +173,25 @@ class _Run:
             plan,
             self.accelerator.device,
             self.accelerator.is_main_process,
-            self.accelerator.process_index,
             self.accelerator.num_processes,
         )
+
+    def _order_buckets(self) -> None:
+        """Have DistributedDataParallel order its gradients before the first step.
+
+        It orders them anew after the first backward pass. From three processes on, the order in
+        which they are added up depends on that, and so do the last bits: the first step of a
+        resumed run must not be the first pass.
+        """
+        before = [buffer.clone() for buffer in self.bare.buffers()]
+        self.model.train()
+        with self.accelerator.autocast():
+            # two images: BatchNorm refuses one where nothing but channels is left of it
+            logits = self.model(example_inputs(self.data, self.accelerator.device, batch=2))
+        logits.float().sum().backward()
+        self.raw.zero_grad()
+        for buffer, value in zip(self.bare.buffers(), before, strict=True):
+            buffer.copy_(value)
 
     def _epoch(self, epoch: int, caught: list[int]) -> None:
         normalise = Normalise(self.data, self.accelerator.device)
@@ -265,6 +267,7 @@ class _Run:
             device=self.accelerator.device,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
+            workers=self.config.workers,
         )
         seconds = time.perf_counter() - started
         record = {
@@ -276,6 +279,7 @@ class _Run:
             "train_accuracy": hits / count,
             "val_loss": result["loss"],
             "val_accuracy": result["accuracy"],
+            "val_top5": result["top5"],
             "seconds": round(seconds, 2),
             "images_per_second": round((self.step - before) * self.config.batch_size / seconds, 1),
         }
@@ -302,6 +306,7 @@ class _Run:
     def _save(self) -> None:
         if self.folder is None:
             return
+        sums = self.accelerator.gather(self.sums.unsqueeze(0))
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {
@@ -312,9 +317,10 @@ class _Run:
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "trp": None if self.trp is None else self.trp.state_dict(),
+                # alike in every process: all are seeded alike, and draw as much
                 "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                "sums": self.sums,
+                "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+                "sums": sums,
                 "records": self.records,
             }
             write_checkpoint(self.folder / CHECKPOINT, state)
@@ -327,10 +333,12 @@ class _Run:
         self.scheduler.load_state_dict(state["scheduler"])
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.sums.copy_(state["sums"])
+        # every process its own; where there are fewer now, one takes those of several
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        self.sums.copy_(state["sums"][rank::world].sum(0))
         torch.set_rng_state(state["rng"])
-        if torch.cuda.is_available() and state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if torch.cuda.is_available() and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"])
 
     def _attach(self, checkpoint: dict[str, Any] | None) -> Controller | None:
         if self.config.method != "trp":
@@ -387,30 +395,10 @@ def _scheduler(
     if config.schedule == "multistep":
         milestones = [total // 2, total * 3 // 4]
         return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
+    if config.schedule == "constant":
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
     if config.schedule == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.lr, total_steps=total + 1, cycle_momentum=False
     )
-
-
-@contextlib.contextmanager
-def _catching_signals() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM instead of dying of them; a second one acts as usual."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, _: Any) -> None:
-        caught.append(number)
-        signal.signal(number, previous[signal.Signals(number)])
-
-    for number in previous:
-        signal.signal(number, note)
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
