@@ -7,6 +7,7 @@ layers' outputs, and `factorize` makes that error least.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -247,7 +248,8 @@ class Recorder:
 
 def moved(batches: Iterable[Any], model: nn.Module) -> Iterator[Any]:
     """What to call the model with, on its device, one batch after the other."""
-    held = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    held = next((tensor for tensor in tensors if not tensor.is_meta), torch.empty(0))
     for batch in batches:
         if isinstance(batch, list):
             if not batch:

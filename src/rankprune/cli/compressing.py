@@ -41,11 +41,29 @@ from rankprune.cli.shared import (
 )
 from rankprune.errors import ConfigError
 
+Calib = Annotated[
+    str | None,
+    typer.Option(
+        help="Calibrate with a data set's training images, named as for --data; hf: models with "
+        "text:FILE."
+    ),
+]
+Samples = Annotated[
+    int | None,
+    typer.Option(help="Images (512) or windows of text (128) to calibrate with."),
+]
+
 
 @app.command()
 def compress(
     out: Out,
-    weights: Weights = None,
+    weights: Annotated[
+        str | None,
+        typer.Argument(
+            help="Saved folder, .safetensors, state dict (.pt) or checkpoint; hf:DIR for a "
+            "folder of transformers; none: pretrained weights."
+        ),
+    ] = None,
     model: Model = None,
     scheme: Scheme = None,
     flops: Flops = None,
@@ -62,6 +80,15 @@ def compress(
     data_root: DataRoot = "data",
     download: Download = False,
     image_size: ImageSize = None,
+    calib: Calib = None,
+    samples: Samples = None,
+    window: Annotated[int, typer.Option(help="Tokens in a window of text.")] = 1024,
+    blockwise: Annotated[
+        bool,
+        typer.Option(
+            "--blockwise", help="hf: fit each block to what the compressed ones before it return."
+        ),
+    ] = False,
     dry_run: DryRun = False,
     force: Force = False,
     as_json: Json = False,
@@ -70,29 +97,80 @@ def compress(
     with output(as_json) as show:
         from rankprune.files import write_atomically
         from rankprune.recipes import compress as recipe
+        from rankprune.recipes import hf
         from rankprune.serialize import save
 
         target = read_target(flops, params, latency, rank)
         if not dry_run:
             recipe.require_free(out, force=force)
-        images = read_images(data, data_root, download, image_size)
-        source = recipe.open_source(
-            weights, model=model, shape=read_shape(input_size), classes=classes, data=images
-        )
-        table = read_runtime(backend, threads, needed=latency is not None)
-        compact, plan, report = recipe.compress(
-            source,
-            target,
-            scheme=scheme or "auto",
-            multiple_of=multiple_of,
-            runtime=table,
-            batch=batch,
-            data=images,
-        )
+        if weights is not None and weights.startswith(hf.PREFIX):
+            _only_for_images(
+                model=model,
+                scheme=scheme,
+                latency=latency,
+                backend=backend,
+                data=data,
+                input_size=input_size,
+                classes=classes,
+                multiple_of=multiple_of,
+            )
+            language = hf.open_folder(Path(weights.removeprefix(hf.PREFIX)))
+            compact, plan, report = hf.compress(
+                language,
+                target,
+                text=_read_text(calib),
+                window=window,
+                windows=samples or 128,
+                blockwise=blockwise,
+                progress=lambda done: err.print(f"calibrated with {done} windows", end="\r"),
+            )
+            if not dry_run:
+                from rankprune.integrations.huggingface import prepare
+
+                hf.save(language, prepare(compact), out)
+        else:
+            images = read_images(data, data_root, download, image_size)
+            source = recipe.open_source(
+                None if weights is None else Path(weights),
+                model=model,
+                shape=read_shape(input_size),
+                classes=classes,
+                data=images,
+            )
+            table = read_runtime(backend, threads, needed=latency is not None)
+            compact, plan, report = recipe.compress(
+                source,
+                target,
+                scheme=scheme or "auto",
+                multiple_of=multiple_of,
+                runtime=table,
+                batch=batch,
+                data=images,
+                calib=images
+                if calib == data
+                else read_images(calib, data_root, download, image_size),
+                samples=samples or 512,
+            )
+            if not dry_run:
+                save(compact, out, plan=plan, metadata=source.metadata, overwrite=force)
         if not dry_run:
-            save(compact, out, plan=plan, metadata=source.metadata, overwrite=force)
             write_atomically(out / "report.json", json.dumps(report.to_dict(), indent=1).encode())
         show(report.to_dict(), f"{plan}\n\n" + "\n".join(report.totals()))
+
+
+def _only_for_images(**options: Any) -> None:
+    given = next((name for name, value in options.items() if value is not None), None)
+    if given is not None:
+        raise ConfigError(f"--{given.replace('_', '-')} is not for hf: models")
+
+
+def _read_text(calib: str | None) -> Path | None:
+    if calib is None:
+        return None
+    kind, _, path = calib.partition(":")
+    if kind != "text" or not path:
+        raise ConfigError(f"--calib {calib!r}: hf: models are calibrated with text:FILE")
+    return Path(path)
 
 
 @app.command(name="eval")

@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from rankprune.budget import Budget
+from rankprune.calibrate import calibrate, recalibrate_bn
 from rankprune.errors import ConfigError, FileError
 from rankprune.factorize import factorize, low_rank_layers
 from rankprune.latency import LatencyTable
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
 from rankprune.ranks import EVBMF, Energy, RankRule, StableRank
-from rankprune.recipes.data import ImageData
+from rankprune.recipes.batches import Normalise, eval_batches
+from rankprune.recipes.data import ImageData, Subset
 from rankprune.recipes.evaluate import evaluate
 from rankprune.recipes.models import build_model, is_trusted_name
 from rankprune.recipes.weights import load_weights, read_state_dict
@@ -27,6 +29,8 @@ from rankprune.schemes import Scheme, applicable
 from rankprune.serialize import read_plan
 from rankprune.survey import survey
 from rankprune.tables import format_matrix
+
+_CALIBRATION_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,14 @@ def compress(
     runtime: LatencyTable | None = None,
     batch: int = 1,
     data: ImageData | None = None,
+    calib: ImageData | None = None,
+    samples: int = 512,
 ) -> tuple[nn.Module, Plan, Report]:
     """Plan, factorise, and compare; with a data set also the accuracies on its test part.
 
-    With a runtime the plan is measured there, on so many examples in a call.
+    With a runtime the plan is measured there, on so many examples in a call. With a data set to
+    calibrate with, so many of its training images decide by the error of the layers' outputs;
+    BatchNorm's statistics are estimated anew on the same images.
 
     Raises:
         ConfigError: the source is factorised already.
@@ -133,15 +141,20 @@ def compress(
     """
     _require_dense(source)
     inputs = source.example_inputs(batch)
+    images = [] if calib is None else _some(normalised_as(calib, source.metadata), samples)
+    stats = calibrate(source.model, images) if images else None
     plan = make_plan(
         source.model,
         target,
         scheme=scheme,
         example_inputs=inputs,
+        stats=stats,
         multiple_of=multiple_of,
         runtime=runtime,
     )
-    compact = factorize(source.model, plan)
+    compact = factorize(source.model, plan, stats=stats)
+    if images:
+        recalibrate_bn(compact, images)
     if data is not None:
         data = normalised_as(data, source.metadata)
     accuracies: dict[str, float | None] = {}
@@ -151,6 +164,18 @@ def compress(
             accuracies[key] = result["accuracy"]
     summary = report(source.model, compact, example_inputs=inputs, plan=plan, accuracies=accuracies)
     return compact, plan, summary
+
+
+def _some(data: ImageData, count: int) -> list[torch.Tensor]:
+    """Training images as the model is called with them, the same every time."""
+    if count < 1:
+        raise ConfigError(f"{count} images to calibrate with: a whole number ≥ 1")
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
+    normalise = Normalise(data, torch.device("cpu"))
+    return [
+        normalise(pixels)
+        for pixels, _ in eval_batches(Subset(data.train, order[:count]), _CALIBRATION_BATCH)
+    ]
 
 
 def require_free(folder: Path, *, force: bool) -> None:

@@ -1,0 +1,206 @@
+"""Compressing folders of transformers: in one piece, block by block, from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import rankprune as rp
+from rankprune.integrations.huggingface import prepare
+from rankprune.integrations.streaming import Shards, compress_streaming
+from rankprune.recipes import hf
+
+transformers = pytest.importorskip("transformers")
+TEXT = "\n".join(f"line {n}: the quick brown fox, number {n * n}, and a dog" for n in range(200))
+FAMILIES = {
+    "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "gpt2": {},
+    "bert": {},
+    "t5": {"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_kv": 8},
+}
+CLASSES = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM"}
+
+
+def tokenizer() -> Any:
+    """A tokenizer of letters, made here."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    letters = {letter: index + 3 for index, letter in enumerate(sorted(set(TEXT)))}
+    inner = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, **letters}, "<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def make_folder(family: str, folder: Path, **options: Any) -> Path:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        family,
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **FAMILIES[family],
+    )
+    kind = getattr(transformers, CLASSES.get(family, "T5ForConditionalGeneration"))
+    model = kind(config)
+    model.save_pretrained(folder, **options)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def stored(folder: Path) -> int:
+    """Numbers in a folder's safetensors."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as archive:
+            total += sum(archive.get_tensor(key).numel() for key in archive.keys())  # noqa: SIM118
+    return total
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_piece(family: str, tmp_path: Path, text: Path) -> None:
+    source = hf.open_folder(make_folder(family, tmp_path / "dense"))
+    done: list[int] = []
+    compact, plan, report = hf.compress(
+        source, rp.Budget(params=0.8), text=text, window=24, windows=6, progress=done.append
+    )
+    assert done == [1, 2, 3, 4, 5, 6]
+    assert plan.params <= 0.8 * plan.dense_params
+    assert report.to_dict()["compact"]["params"] == rp.count_params(compact)
+    hf.save(source, prepare(compact), tmp_path / "out")
+    assert stored(tmp_path / "out") < 0.85 * stored(tmp_path / "dense")
+    loaded = type(source.model).from_pretrained(tmp_path / "out").eval()
+    inputs = next(source.text(text, window=24, windows=1))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs)[0], compact(**inputs)[0], rtol=1e-5, atol=1e-6)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("dog").input_ids
+
+
+def test_text_is_cut_as_the_model_reads_it(tmp_path: Path, text: Path) -> None:
+    decoder = hf.open_folder(make_folder("llama", tmp_path / "llama"))
+    windows = list(decoder.text(text, window=50, windows=3))
+    assert [tuple(window["input_ids"].shape) for window in windows] == [(1, 50)] * 3
+    encoder = hf.open_folder(make_folder("bert", tmp_path / "bert"))
+    lines = list(encoder.text(text, window=20, windows=3))
+    assert all(line["input_ids"].shape[1] <= 20 for line in lines)
+    both = hf.open_folder(make_folder("t5", tmp_path / "t5"))
+    assert set(next(both.text(text, window=20, windows=1))) == {"input_ids", "decoder_input_ids"}
+    assert encoder.window(10**9) == encoder.model.config.max_position_embeddings
+
+
+def test_blockwise(tmp_path: Path, text: Path) -> None:
+    source = hf.open_folder(make_folder("llama", tmp_path / "dense"))
+    before = {key: value.clone() for key, value in source.model.state_dict().items()}
+    compact, plan, _ = hf.compress(
+        source, rp.Budget(params=0.8), text=text, window=24, windows=6, blockwise=True
+    )
+    assert plan.params == rp.count_params(compact)
+    assert all(torch.equal(before[key], value) for key, value in source.model.state_dict().items())
+    with pytest.raises(rp.ConfigError, match="needs a text"):
+        hf.compress(source, rp.Budget(params=0.8), blockwise=True)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_streaming_is_blockwise_compression(sharded: bool, tmp_path: Path, text: Path) -> None:
+    options = {"max_shard_size": "40KB"} if sharded else {}
+    dense = make_folder("llama", tmp_path / "dense", **options)
+    assert (dense / "model.safetensors.index.json").exists() == sharded
+    seen: list[str] = []
+    plan = compress_streaming(
+        dense, tmp_path / "out", rp.Budget(params=0.7), text=text, window=24, windows=6,
+        progress=seen.append,
+    )  # fmt: skip
+    assert seen == ["model.layers.0", "model.layers.1", "model.layers.2"]
+    assert stored(tmp_path / "out") < stored(dense)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert rp.count_params(loaded) == plan.params
+    # the same in memory, with the ranks that the blocks chose
+    source = hf.open_folder(dense)
+    batches = list(source.text(text, window=24, windows=6))
+    expected = rp.factorize_blocks(source.model, plan, batches)
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(
+            loaded.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=lambda t, n=name: n + t
+        )
+
+
+def test_streaming_keeps_the_dtype(tmp_path: Path, text: Path) -> None:
+    dense = make_folder("llama", tmp_path / "dense")
+    half = transformers.AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16)
+    half.save_pretrained(dense)
+    compress_streaming(
+        dense, tmp_path / "out", rp.Budget(params=0.7), text=text, window=24, windows=4
+    )
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_streaming_refusals(tmp_path: Path, text: Path) -> None:
+    dense = make_folder("llama", tmp_path / "dense", max_shard_size="40KB")
+    with pytest.raises(rp.ConfigError, match="params alone"):
+        compress_streaming(dense, tmp_path / "out", rp.Budget(flops=0.5), text=text)
+    bert = make_folder("bert", tmp_path / "bert")
+    with pytest.raises(rp.ConfigError, match="no causal language model"):
+        compress_streaming(bert, tmp_path / "out", rp.Budget(params=0.5), text=text)
+    assert not (tmp_path / "out").exists()
+    index = dense / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    for bad in ("../model.safetensors", "/etc/passwd"):
+        document["weight_map"]["model.norm.weight"] = bad
+        index.write_text(json.dumps(document))
+        with pytest.raises(rp.FileError, match="refused shard"):
+            Shards(dense)
+    index.write_text("[]")
+    with pytest.raises(rp.FileError, match="not valid JSON"):
+        Shards(dense)
+    index.write_text("{}")
+    with pytest.raises(rp.FileError, match="weight_map"):
+        Shards(dense)
+    with pytest.raises(rp.FileError, match="holds neither"):
+        Shards(tmp_path)
+
+
+def test_refusals(tmp_path: Path, text: Path) -> None:
+    with pytest.raises(rp.FileError, match=r"no config\.json"):
+        hf.open_folder(tmp_path)
+    dense = make_folder("llama", tmp_path / "dense")
+    source = hf.open_folder(dense)
+    with pytest.raises(rp.FileError, match=r"missing\.txt: cannot read"):
+        list(source.text(tmp_path / "missing.txt", window=8, windows=1))
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(rp.FileError, match="holds no text"):
+        list(hf.open_folder(make_folder("bert", tmp_path / "b")).text(
+            tmp_path / "empty.txt", window=8, windows=1
+        ))  # fmt: skip
+    compact = rp.factorize(source.model, rp.make_plan(source.model, rp.Ratio(0.3)))
+    hf.save(source, prepare(compact), tmp_path / "compact")
+    with pytest.raises(rp.ConfigError, match="factorised or quantised already"):
+        hf.open_folder(tmp_path / "compact")
+    config = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps(config | {"architectures": ["os.system"]}))
+    with pytest.raises(rp.ConfigError, match=r"names no class of transformers, but 'os\.system'"):
+        hf.open_folder(dense)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "b" / name).unlink(missing_ok=True)
+    silent = hf.open_folder(tmp_path / "b")
+    assert silent.tokenizer is None
+    with pytest.raises(rp.ConfigError, match="needs a tokenizer"):
+        list(silent.text(text, window=8, windows=1))
