@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +206,29 @@ def test_refusals(tmp_path: Path, text: Path) -> None:
     assert silent.tokenizer is None
     with pytest.raises(rp.ConfigError, match="needs a tokenizer"):
         list(silent.text(text, window=8, windows=1))
+
+
+def test_command_line(tmp_path: Path, text: Path) -> None:
+    dense = make_folder("llama", tmp_path / "dense")
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "rankprune.cli", "compress", f"hf:{dense}", *options]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    common = ["--calib", f"text:{text}", "--params", "0.9", "--samples", "4", "--window", "24"]
+    done = run(*common, "--out", str(tmp_path / "out"), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["compact"]["params"] <= 0.9 * report["dense"]["params"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    again = run(*common, "--out", str(tmp_path / "out"))
+    assert again.returncode == 3
+    assert "exists already" in again.stderr
+    streamed = run(*common, "--out", str(tmp_path / "streamed"), "--streaming")
+    assert streamed.returncode == 0, streamed.stderr
+    assert "model.layers.2 is done" in streamed.stderr
+    for folder in ("out", "streamed"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+    refused = run(*common, "--out", str(tmp_path / "no"), "--scheme", "channel")
+    assert refused.returncode == 2
+    assert "--scheme is not for hf: models" in refused.stderr

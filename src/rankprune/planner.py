@@ -29,6 +29,8 @@ from rankprune.survey import Site, survey
 
 # Ranks that a budget considers for one layer and scheme; more only slow the solver down.
 _GRID = 64
+# why `realise` leaves a layer dense
+UNCHOSEN = "not chosen"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +218,7 @@ def realise(
     layers = []
     sites = survey(model, cost)
     for site in sites:
-        layer = _dense(site, site.obstacle or "not chosen")
+        layer = _dense(site, site.obstacle or UNCHOSEN)
         if site.name in ranks and not site.obstacle:
             name, rank, reason = ranks[site.name]
             option = _LayerOption(site, SCHEMES[name])

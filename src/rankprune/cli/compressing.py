@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -40,6 +40,9 @@ from rankprune.cli.shared import (
     require_new,
 )
 from rankprune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rankprune.report import Report
 
 Calib = Annotated[
     str | None,
@@ -89,13 +92,16 @@ def compress(
             "--blockwise", help="hf: fit each block to what the compressed ones before it return."
         ),
     ] = False,
+    streaming: Annotated[
+        bool,
+        typer.Option("--streaming", help="hf: block by block, for models larger than memory."),
+    ] = False,
     dry_run: DryRun = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Decompose trained weights to a budget or by a rank rule, without training."""
     with output(as_json) as show:
-        from rankprune.files import write_atomically
         from rankprune.recipes import compress as recipe
         from rankprune.recipes import hf
         from rankprune.serialize import save
@@ -114,48 +120,72 @@ def compress(
                 classes=classes,
                 multiple_of=multiple_of,
             )
-            language = hf.open_folder(Path(weights.removeprefix(hf.PREFIX)))
+            text = _read_text(calib)
+            folder = Path(weights.removeprefix(hf.PREFIX))
+            options: dict[str, Any] = {"text": text, "window": window, "windows": samples or 128}
+            if streaming:
+                show(*_stream(folder, out, target, options, dry_run=dry_run))
+                return
+            language = hf.open_folder(folder)
             compact, plan, report = hf.compress(
-                language,
-                target,
-                text=_read_text(calib),
-                window=window,
-                windows=samples or 128,
-                blockwise=blockwise,
-                progress=lambda done: err.print(f"calibrated with {done} windows", end="\r"),
+                language, target, **options, blockwise=blockwise, progress=_count_windows
             )
             if not dry_run:
                 from rankprune.integrations.huggingface import prepare
 
                 hf.save(language, prepare(compact), out)
-        else:
-            images = read_images(data, data_root, download, image_size)
-            source = recipe.open_source(
-                None if weights is None else Path(weights),
-                model=model,
-                shape=read_shape(input_size),
-                classes=classes,
-                data=images,
-            )
-            table = read_runtime(backend, threads, needed=latency is not None)
-            compact, plan, report = recipe.compress(
-                source,
-                target,
-                scheme=scheme or "auto",
-                multiple_of=multiple_of,
-                runtime=table,
-                batch=batch,
-                data=images,
-                calib=images
-                if calib == data
-                else read_images(calib, data_root, download, image_size),
-                samples=samples or 512,
-            )
-            if not dry_run:
-                save(compact, out, plan=plan, metadata=source.metadata, overwrite=force)
+                _write_report(out, report)
+            show(report.to_dict(), f"{plan}\n\n" + "\n".join(report.totals()))
+            return
+        images = read_images(data, data_root, download, image_size)
+        source = recipe.open_source(
+            None if weights is None else Path(weights),
+            model=model,
+            shape=read_shape(input_size),
+            classes=classes,
+            data=images,
+        )
+        table = read_runtime(backend, threads, needed=latency is not None)
+        compact, plan, report = recipe.compress(
+            source,
+            target,
+            scheme=scheme or "auto",
+            multiple_of=multiple_of,
+            runtime=table,
+            batch=batch,
+            data=images,
+            calib=images if calib == data else read_images(calib, data_root, download, image_size),
+            samples=samples or 512,
+        )
         if not dry_run:
-            write_atomically(out / "report.json", json.dumps(report.to_dict(), indent=1).encode())
+            save(compact, out, plan=plan, metadata=source.metadata, overwrite=force)
+            _write_report(out, report)
         show(report.to_dict(), f"{plan}\n\n" + "\n".join(report.totals()))
+
+
+def _write_report(out: Path, report: Report) -> None:
+    from rankprune.files import write_atomically
+
+    write_atomically(out / "report.json", json.dumps(report.to_dict(), indent=1).encode())
+
+
+def _stream(
+    folder: Path, out: Path, target: Any, options: dict[str, Any], *, dry_run: bool
+) -> tuple[dict[str, Any], str]:
+    """Compress block by block; what to show of it."""
+    from rankprune.integrations.streaming import compress_streaming
+
+    if dry_run or options["text"] is None:
+        raise ConfigError("--streaming needs --calib text:FILE, and plans only as it writes")
+    plan = compress_streaming(
+        folder, out, target, **options, progress=lambda name: err.print(f"{name} is done")
+    )
+    return json.loads(plan.to_json()), str(plan)
+
+
+def _count_windows(done: int) -> None:
+    if err.is_terminal:
+        err.print(f"calibrated with {done} windows", end="\r")
 
 
 def _only_for_images(**options: Any) -> None:

@@ -9,6 +9,7 @@ moments and the texts' states are all that is held.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +27,14 @@ from rankprune.factorize import factorize, low_rank_layers
 from rankprune.files import commit, read_bytes, reporting, temporary_file, write_atomically
 from rankprune.integrations.huggingface import RankPruneConfig
 from rankprune.plan import LayerPlan, Plan
-from rankprune.planner import make_plan
+from rankprune.planner import UNCHOSEN, make_plan, realise
 from rankprune.profile import count_params
 from rankprune.ranks import RankRule
 from rankprune.recipes.hf import LanguageModel, model_class, open_tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_GENERATION = "generation_config.json"
 _MAX_INDEX_BYTES = 64 * 2**20
 
 
@@ -133,14 +135,18 @@ def compress_streaming(
     # all but the blocks and the head; calibration computes in fp32
     model.load_state_dict(_widened(shards.read(first)), strict=False, assign=True)
     batches = list(language.text(text, window=window, windows=windows))
-    layers: list[LayerPlan] = []
+    layers = [
+        layer.left_dense("outside of the blocks") if layer.reason == UNCHOSEN else layer
+        for layer in realise(model, {}).layers
+        if not layer.name.startswith(f"{prefix}.")
+    ]
     written: dict[str, str] = {}
     with reporting(out, "write"):
         out.mkdir(parents=True, exist_ok=True)
         for block in walk(model, batches, prefix):
             compact, dtype = _compress_block(block, shards, target)
             layers += compact
-            file = f"model-{block.name.replace('.', '-')}.safetensors"
+            file = f"{block.name.replace('.', '-')}.safetensors"
             state = _state(block, dtype)
             _write(out / file, state)
             written |= dict.fromkeys(state, file)
@@ -154,6 +160,8 @@ def compress_streaming(
         config.quantization_config = RankPruneConfig(replace(plan, layers=plan.factorized))
         config.save_pretrained(out)
         language.tokenizer.save_pretrained(out)
+        if (folder / _GENERATION).is_file():
+            shutil.copyfile(folder / _GENERATION, out / _GENERATION)
         # last, since it is what makes the folder a model
         index = {"metadata": {}, "weight_map": written}
         write_atomically(out / INDEX, json.dumps(index, indent=1).encode())
