@@ -232,7 +232,7 @@ def test_layers_that_see_one_tensor_share_the_work(monkeypatch: pytest.MonkeyPat
         cut.append(1)
         return input_patches(spec, inputs)
 
-    monkeypatch.setattr(sys.modules["rankprune.calibrate"], "input_patches", counting)
+    monkeypatch.setattr(sys.modules["rankprune.recorder"], "input_patches", counting)
     x = torch.randn(20, 8)
     expected = (x.double().T @ x.double() / 20).float().double()
     moments = rp.calibrate(Three(), [x.clone()]).moments

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cases import LAYERS, Case, Conv1D
 from rankprune import LayerSpec
@@ -61,12 +61,28 @@ def test_build_on_a_device_and_in_a_dtype() -> None:
     assert built.weight.dtype is torch.bfloat16
 
 
-class _Subclass(nn.Linear):
-    """May compute anything in its forward."""
+class _OtherForward(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class _OtherConvolution(nn.Conv2d):
+    """As convolutions with a padding of their own do it."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(nn.functional.pad(x, (1, 0)), weight, bias)
+
+
+def _replaced_forward() -> nn.Linear:
+    layer = nn.Linear(4, 4)
+    layer.forward = torch.relu
+    return layer
 
 
 UNSUPPORTED = [
-    _Subclass(4, 4),
+    _OtherForward(4, 4),
+    _OtherConvolution(4, 4, 3),
+    _replaced_forward(),
     nn.Embedding(4, 4),
     nn.LSTM(4, 4),
     nn.Bilinear(2, 3, 4),
@@ -80,8 +96,27 @@ UNSUPPORTED = [
 
 @pytest.mark.parametrize("module", UNSUPPORTED, ids=lambda module: type(module).__name__)
 @pytest.mark.filterwarnings("ignore:Lazy modules")
-def test_only_the_exact_classes_are_described(module: nn.Module) -> None:
+def test_what_may_compute_anything_else_is_not_described(module: nn.Module) -> None:
     assert LayerSpec.of(module) is None
+
+
+class _OtherInit(nn.Conv3d):
+    """As torchvision's video networks have them: only the constructor is another."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, (1, 3, 3), padding=(0, 1, 1))
+
+
+def test_a_subclass_that_inherits_the_forward_is_described() -> None:
+    layer = _OtherInit(4)
+    spec = LayerSpec.of(layer)
+    assert spec == LayerSpec.of(nn.Conv3d(4, 4, (1, 3, 3), padding=(0, 1, 1)))
+
+
+def test_timms_linear_is_a_linear_layer() -> None:
+    from timm.layers import Linear
+
+    assert LayerSpec.of(Linear(4, 3)) == LayerSpec.of(nn.Linear(4, 3))
 
 
 def test_a_conv1d_of_another_library_is_not_hugging_faces() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
@@ -31,6 +32,21 @@ def test_every_layer_with_a_matrix_is_listed_in_order() -> None:
     assert not any(site.obstacle for site in survey(small_cnn()))
 
 
+def test_a_scale_of_any_shape_is_no_matrix() -> None:
+    model = nn.Sequential(nn.Linear(8, 1), _Scale())
+    assert [site.name for site in survey(model)] == ["0"]
+
+
+class _Scale(nn.Module):
+    """As ConvNeXt's blocks have it, beside a token and a step of one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8, 1, 1))
+        self.token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.step = nn.Parameter(torch.ones(()))
+
+
 def _parametrised() -> nn.Module:
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
 
@@ -50,13 +66,22 @@ def _pruned() -> nn.Module:
 
 
 class _Subclass(nn.Linear):
-    pass
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def _patched() -> nn.Linear:
+    """As accelerate's hooks do it."""
+    layer = nn.Linear(8, 8)
+    layer.forward = functools.partial(torch.zeros_like)
+    return layer
 
 
 OBSTACLES = [
     ("LSTM", lambda: nn.Sequential(nn.LSTM(8, 8)), "0", "LSTM is not supported"),
     ("Embedding", lambda: nn.Sequential(nn.Embedding(8, 8)), "0", "Embedding is not supported"),
     ("subclass", lambda: nn.Sequential(_Subclass(8, 8)), "0", "_Subclass is not supported"),
+    ("patched", lambda: nn.Sequential(_patched()), "0", "the forward of this Linear is replaced"),
     ("parametrised", _parametrised, "0", "weight is parametrised"),
     ("weight_norm", _old_weight_norm, "0", "weight is not a parameter"),
     ("pruned", _pruned, "0", "weight is not a parameter"),
@@ -160,7 +185,7 @@ class _Unused(nn.Module):
 def test_a_layer_that_is_not_called_stays_dense() -> None:
     model, x = _Unused(), torch.zeros(1, 16)
     sites = {site.name: site for site in survey(model, profile(model, x))}
-    assert sites["unused"].obstacle == "not called in the forward pass"
+    assert sites["unused"].obstacle.startswith("not called in the forward pass")
     assert make_plan(model, Ratio(0.25), example_inputs=x)["unused"].dense
     # without inputs nobody can know
     assert not make_plan(model, Ratio(0.25))["unused"].dense

@@ -15,7 +15,9 @@ from torch import nn
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 sys.path.insert(0, str(HERE.parent))
-from _harness import conditions  # noqa: E402
+from _harness import conditions, peak_memory  # noqa: E402
+
+__all__ = ["Stopwatch", "keep", "linear_params", "package_folder", "peak_memory"]
 
 
 def package_folder(name: str) -> Path:

@@ -14,9 +14,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from _shared import Stopwatch, keep, linear_params, package_folder
+from _shared import Stopwatch, keep, linear_params, package_folder, peak_memory
 from torch import Tensor, nn
 
 import rankprune as rp
@@ -27,7 +26,7 @@ NAME = "SmolLM2-135M-Instruct"
 FILE = f"{NAME}.Q4_1.gguf"
 WINDOW = 1024
 TEST = 10  # windows
-METHODS = ("svd", "aware", "aware-uniform", "aware-blocks", "distilled", "trp")
+METHODS = ("svd", "aware", "aware-uniform", "sensitive", "blocks", "distilled", "trp")
 
 
 def open_model() -> tuple[nn.Module, Any]:
@@ -71,7 +70,8 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=128, help="windows to distil with")
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--bf16", action="store_true", help="distil in bfloat16")
-    parser.add_argument("--stats", type=Path, help="keep the calibration there, or read it")
+    parser.add_argument("--sensitivity", type=int, default=16, help="windows for that")
+    parser.add_argument("--stats", type=Path, help="keep calibrations there, or read them")
     options = parser.parse_args()
     torch.manual_seed(0)
     model, tokenizer = open_model()
@@ -81,7 +81,8 @@ def main() -> None:
     linear, total = linear_params(model, "model.layers"), rp.count_params(model)
     dense = perplexity(model, test)
     print(f"dense {dense:.2f}; {linear:,} of {total:,} parameters in linear layers", flush=True)
-    stats = calibrated(model, parts[: options.windows], options.stats)
+    stats = calibrated(model, parts[: options.windows], options.stats, sensitivity=False)
+    sensitive = calibrated(model, parts[: options.sensitivity], options.stats, sensitivity=True)
 
     def row(method: str, compact: nn.Module, kept: float, tokens: int, watch: Stopwatch) -> None:
         minutes = watch.minutes()
@@ -110,10 +111,12 @@ def main() -> None:
                 plan = uniform(model, kept)
                 row(method, rp.factorize(model, plan, stats=stats), kept, seen, watch)
             else:
-                plan = rp.make_plan(model, budget, stats=stats)
-            if method == "aware":
+                # by the outputs' own errors, or by what those do to the answers
+                by = stats if method == "aware" else sensitive
+                plan = rp.make_plan(model, budget, stats=by)
+            if method in ("aware", "sensitive"):
                 row(method, rp.factorize(model, plan, stats=stats), kept, seen, watch)
-            elif method == "aware-blocks":
+            elif method == "blocks":
                 batches = parts[: options.windows]
                 compact = factorize_blocks(copy.deepcopy(model), plan, batches)
                 row(method, compact, kept, seen, watch)
@@ -153,34 +156,35 @@ def healed(
     return student if found is None else rp.factorize(student, found)
 
 
-def calibrated(model: nn.Module, parts: list[Tensor], path: Path | None) -> rp.Stats:
+def calibrated(
+    model: nn.Module, parts: list[Tensor], folder: Path | None, *, sensitivity: bool
+) -> rp.Stats:
+    name = "sensitivity" if sensitivity else "calibrate"
+    path = None if folder is None else folder / f"{name}.pt"
     if path is not None and path.exists():
         return torch.load(path, weights_only=False)  # this script's own file
-    before, watch = psutil.Process().memory_info(), Stopwatch()
-    highest = 0
+    found: list[rp.Stats] = []
+    watch = Stopwatch()
 
-    def look(_: int) -> None:
-        nonlocal highest
-        highest = max(highest, psutil.Process().memory_info().rss - before.rss)
+    def calibrate() -> None:
+        found.append(rp.calibrate(model, parts, layers="model.layers.*", sensitivity=sensitivity))
 
-    stats = rp.calibrate(model, parts, layers="model.layers.*", progress=look)
-    minutes = watch.minutes()
-    print(f"calibrated: {len(parts)} windows, {minutes} min, {highest / 1e9:.2f} GB", flush=True)
+    peak = peak_memory(calibrate)
     keep(
         {
             "model": NAME,
-            "method": "calibrate",
+            "method": name,
             "kept_params": 1.0,
             "metric": "GB above the model",
-            "value": round(highest / 1e9, 3),
+            "value": round(peak / 1e9, 3),
             "dense": 0.0,
             "tokens_or_images": len(parts) * WINDOW,
-            "minutes": minutes,
+            "minutes": watch.minutes(),
         }
     )
     if path is not None:
-        torch.save(stats, path)
-    return stats
+        torch.save(found[0], path)
+    return found[0]
 
 
 if __name__ == "__main__":

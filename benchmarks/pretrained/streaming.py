@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _shared import Stopwatch, keep, package_folder
-
-from _harness import peak_memory  # isort: skip
+from _shared import Stopwatch, keep, package_folder, peak_memory
 
 import rankprune as rp
 from rankprune.integrations.streaming import compress_streaming

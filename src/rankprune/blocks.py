@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from rankprune.calibrate import Recorder, Stats, calibrate, moved, run, sites_to_calibrate
+from rankprune.calibrate import Stats, calibrate, moved, run, sites_to_calibrate
 from rankprune.errors import ConfigError, near
 from rankprune.factorize import check_plan, factorize
 from rankprune.plan import LayerPlan, Plan
 from rankprune.profile import count_params, evaluating
+from rankprune.recorder import Recorder
 from rankprune.whitening import Moment
 
 

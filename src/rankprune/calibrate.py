@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from rankprune.errors import ConfigError, NumericsError, RankPruneError, near
+from rankprune.errors import ConfigError, RankPruneError, near
 from rankprune.profile import call, evaluating
+from rankprune.recorder import Recorder, SensitivityRecorder, sampled_loss
 from rankprune.survey import Site, survey
-from rankprune.whitening import Moment, Rows, input_patches
+from rankprune.whitening import Moment
 
 _ABOUT_BATCHES = (
     "a batch is what the model is called with: a tensor, a tuple of positional or a mapping of "
@@ -51,6 +51,7 @@ def calibrate(
     batches: Iterable[Any],
     *,
     layers: str | Sequence[str] = "*",
+    sensitivity: bool | Callable[[Any], Tensor] = False,
     dtype: torch.dtype = torch.float32,
     progress: Callable[[int], None] | None = None,
 ) -> Stats:
@@ -67,6 +68,11 @@ def calibrate(
             the others are taken for targets.
         layers: shell-style patterns of the names to look at. A layer with D inputs (C/g times the
             kernel's positions) takes at most D² numbers for each of its groups.
+        sensitivity: weigh each input by the squared gradient of a loss by the layer's output. True
+            takes the log-likelihood of answers drawn from the model's own (no labels needed); a
+            function makes a loss, summed over the batch, of the model's output. `make_plan` then
+            compares layers by what their errors do to the answers, which is better than by their
+            own size; some sixteen batches are enough for that. Each takes a backward pass too.
         dtype: precision of the sums, torch.float32 or torch.float64.
         progress: called with the number of batches done.
 
@@ -87,11 +93,18 @@ def calibrate(
     if dtype not in (torch.float32, torch.float64):
         raise ConfigError(f"dtype={dtype}: torch.float32 or torch.float64")
     sites = _wanted(model, [layers] if isinstance(layers, str) else list(layers))
+    kind = SensitivityRecorder if sensitivity else Recorder
+    generator = torch.Generator().manual_seed(0)
     done = 0
-    with evaluating(model), Recorder(model, sites, dtype) as recorder:
+    with evaluating(model), kind(model, sites, dtype) as recorder:
         for batch in moved(batches, model):
-            recorder.mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            run(model, batch)
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            recorder.mask = mask
+            output = run(model, batch, gradients=bool(sensitivity))
+            if callable(sensitivity):
+                sensitivity(output).backward()
+            elif sensitivity:
+                sampled_loss(output, mask, generator).backward()
             done += 1
             if progress is not None:
                 progress(done)
@@ -170,82 +183,6 @@ def check_stats(model: nn.Module, stats: Stats | None) -> Mapping[str, Moment]:
     return stats.moments
 
 
-class Recorder:
-    """Hooks that sum up the inputs of layers, while it is open.
-
-    Args:
-        model: that is called.
-        sites: layers that can be calibrated.
-        dtype: precision of the sums.
-
-    Attributes:
-        moments: by layer name; layers that were not called are missing.
-        mask: of the present batch, [B, T]; None takes all positions.
-    """
-
-    def __init__(
-        self, model: nn.Module, sites: Sequence[Site], dtype: torch.dtype = torch.float32
-    ) -> None:
-        self.model = model
-        self.sites = sites
-        self.dtype = dtype
-        self.moments: dict[str, Moment] = {}
-        self.mask: Tensor | None = None
-        self._last: tuple[Tensor, int, Rows] | None = None
-        self._hooks = ExitStack()
-
-    def __enter__(self) -> Recorder:
-        for site in self.sites:
-            # a weight that several layers share is called with the inputs of all
-            for module in {self.model.get_submodule(name) for name in (site.name, *site.tied)}:
-                hook = module.register_forward_pre_hook(self._hook(site), with_kwargs=True)
-                self._hooks.callback(hook.remove)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._last = None
-        self._hooks.close()
-
-    def _hook(self, site: Site) -> Callable[..., None]:
-        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            if values:
-                self._add(site, values[0])
-
-        return record
-
-    @torch.no_grad()
-    def _add(self, site: Site, inputs: Tensor) -> None:
-        assert site.spec is not None
-        rows = self._rows(site, inputs)
-        moment = self.moments.get(site.name)
-        if moment is None:
-            groups, _, features = rows.values.shape
-            moment = self.moments[site.name] = Moment(groups, features)
-        moment.update(rows)
-
-    def _rows(self, site: Site, inputs: Tensor) -> Rows:
-        spec, mask = site.spec, self.mask
-        assert spec is not None
-        # query, key and value are called with the very same tensor
-        version = 0 if inputs.is_inference() else inputs._version
-        seen = (inputs, version)
-        if not spec.dims and self._last is not None:
-            tensor, before, rows = self._last
-            if tensor is inputs and before == version:
-                return rows
-        if not spec.dims and mask is not None and inputs.shape[:-1] == mask.shape:
-            inputs = inputs[mask.to(inputs.device).bool()]
-        rows = Rows(input_patches(spec, inputs.to(self.dtype)))
-        if not torch.isfinite(rows.values.sum()):
-            raise NumericsError(
-                f"layer {site.name!r} is called with NaN or infinity: look at the batch, and at "
-                "what the layers before it make of it"
-            )
-        self._last = None if spec.dims else (*seen, rows)
-        return rows
-
-
 def moved(batches: Iterable[Any], model: nn.Module) -> Iterator[Any]:
     """What to call the model with, on its device, one batch after the other."""
     tensors = itertools.chain(model.parameters(), model.buffers())
@@ -260,14 +197,14 @@ def moved(batches: Iterable[Any], model: nn.Module) -> Iterator[Any]:
         yield tree_map_only(Tensor, lambda value: value.to(held.device), batch)
 
 
-def run(model: nn.Module, batch: Any) -> Any:
-    """Call the model on a batch, without gradients.
+def run(model: nn.Module, batch: Any, *, gradients: bool = False) -> Any:
+    """Call the model on a batch.
 
     Raises:
         ConfigError: it does not run.
     """
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             return call(model, batch)
     except RankPruneError:
         raise

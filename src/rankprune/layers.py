@@ -13,11 +13,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from rankprune.errors import LayerError
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, *_CONV.values(), *_CONV_TRANSPOSE.values())
+# No weight yet; and a class that tells that its weight is read by the attention around it.
+_NEVER = (LazyModuleMixin, NonDynamicallyQuantizableLinear)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 KINDS = ("linear", "hf_conv1d", "conv", "conv_transpose")
 
@@ -28,12 +33,32 @@ def is_hf_conv1d(module: nn.Module) -> bool:
     return cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
 
 
-def _base_class(module: nn.Module) -> type:
-    """A module's class; without the mixin that `fully_shard` puts in front of it."""
-    kind = type(module)
-    if any(base.__name__ == "FSDPModule" for base in kind.__bases__):
-        return kind.__bases__[-1]
-    return kind
+def _is_timm_linear(module: nn.Module) -> bool:
+    """True for timm's `Linear`, whose own forward computes the same and helps torch.jit."""
+    cls = type(module)
+    return cls.__name__ == "Linear" and cls.__module__.startswith("timm.")
+
+
+def _computes(module: nn.Module) -> type[nn.Module] | None:
+    """The torch layer whose forward a module has: its class, or one that it inherits it from.
+
+    What else a subclass brings (an initialisation, `fully_shard`'s mixin) changes no answer.
+    """
+    if _is_timm_linear(module):
+        return nn.Linear
+    for layer in _LAYERS:
+        if isinstance(module, layer) and not isinstance(module, _NEVER):
+            inherits = (
+                _code(module, name) is _code(layer, name) for name in ("forward", "_conv_forward")
+            )
+            return layer if all(inherits) else None
+    return None
+
+
+def _code(owner: nn.Module | type[nn.Module], name: str) -> object:
+    """The function behind a method; a forward that was replaced on one object is itself."""
+    method = getattr(owner, name, None)
+    return getattr(method, "__func__", method)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +120,13 @@ class LayerSpec:
     def of(cls, module: nn.Module) -> LayerSpec | None:
         """Describe a module, or return None where it is no supported layer.
 
-        Only the exact classes count: a subclass may compute something else in its forward.
+        A subclass counts where it inherits the forward, or else may compute something else.
 
         >>> spec = LayerSpec.of(nn.Conv2d(3, 8, (3, 1), stride=2, padding=1, groups=1))
         >>> spec.kernel_size, spec.weight_shape
         ((3, 1), (8, 3, 3, 1))
         """
-        kind = _base_class(module)
+        kind = _computes(module)
         if kind is nn.Linear:
             out_features, in_features = cast(Tensor, module.weight).shape
             return cls(
@@ -115,7 +140,7 @@ class LayerSpec:
             return cls(
                 kind="hf_conv1d", in_channels=in_features, out_channels=out_features, bias=True
             )
-        if kind in _CONV.values() or kind in _CONV_TRANSPOSE.values():
+        if kind is not None:
             conv: Any = module
             return cls(
                 kind="conv" if kind in _CONV.values() else "conv_transpose",

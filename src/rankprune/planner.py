@@ -94,7 +94,8 @@ def make_plan(
         example_inputs: what the model is called with. Needed for FLOPs; without it the guard looks
             at parameters only.
         stats: from `calibrate`. Ranks then follow the energy of the layers' outputs on those
-            inputs, not that of their weights; give the same to `factorize`.
+            inputs, not that of their weights; give such to `factorize` too. Those with
+            `sensitivity` let a budget compare layers by what their errors do to the answers.
         guard: leave layers dense where the chosen rank does not save both parameters and FLOPs.
             False factorises even so (a budget never does).
         multiple_of: ranks are rounded up to a multiple of this; None is 1, or what the runtime's
@@ -134,7 +135,7 @@ def make_plan(
         what = "a runtime" if table else "a FLOPs budget"
         raise ConfigError(f"{what} needs example_inputs, to see the shapes that layers really get")
     cost = None if example_inputs is None else profile(model, example_inputs)
-    sites = survey(model, cost, check_stats(model, stats))
+    sites = _comparable(survey(model, cost, check_stats(model, stats)), rank)
     if not any(not site.obstacle for site in sites):
         raise ConfigError(
             "the model has no layer that can be factorised: "
@@ -163,6 +164,18 @@ def make_plan(
         dense_flops=dense_flops,
         metadata=metadata,
     )
+
+
+def _comparable(sites: list[Site], rank: RankRule | Budget) -> list[Site]:
+    """A budget cannot weigh layers by sensitivity against others of unknown sensitivity."""
+    if isinstance(rank, RankRule) or not any(
+        site.moment and site.moment.weighted for site in sites
+    ):
+        return sites
+    unknown = "its sensitivity was not measured"
+    return [
+        site if site.moment or site.obstacle else replace(site, obstacle=unknown) for site in sites
+    ]
 
 
 def as_table(runtime: Runtime | LatencyTable | None) -> LatencyTable | None:
@@ -382,7 +395,7 @@ def _by_rule(
     """The scheme that is cheapest at the rank that the rule wants."""
     layers = []
     for option in options:
-        spectrum, kept = option.site.assess(option.scheme)
+        spectrum, kept, _ = option.site.assess(option.scheme)
         rank = round_rank(rule.select(spectrum), multiple_of, option.max_rank)
         layers.append((option, option.at(rank, str(rule), float(kept[rank - 1]))))
     option, best = min(layers, key=lambda pair: (pair[1].flops or 0, pair[1].params))
@@ -395,11 +408,11 @@ def _grid(option: _LayerOption, multiple_of: int) -> Iterator[Option]:
     ranks = list(range(multiple_of, last + 1, multiple_of))
     if not ranks:
         return
-    _, energy = option.site.assess(option.scheme)
+    _, energy, worth = option.site.assess(option.scheme)
     stride = math.ceil(len(ranks) / _GRID)
     for rank in ranks[stride - 1 :: stride] if stride > 1 else ranks:
         kept = float(energy[rank - 1])
-        yield Option(option.at(rank, "budget", kept), 1 - kept)
+        yield Option(option.at(rank, "budget", kept), worth * (1 - kept))
 
 
 def _timed(

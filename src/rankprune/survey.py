@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -21,6 +22,20 @@ from rankprune.whitening import Moment, Whitened
 
 # These read their sub-layers' weights directly, so a replaced sub-layer would never be called.
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+class Assessment(NamedTuple):
+    """A layer under a scheme.
+
+    Attributes:
+        spectrum: singular values of the weight, or of the outputs where calibrated.
+        kept: share of their energy that rank 1, 2, … keeps.
+        worth: what losing all of it costs; layers that were calibrated by sensitivity share units.
+    """
+
+    spectrum: Spectrum
+    kept: Tensor
+    worth: float
 
 
 @dataclass(frozen=True)
@@ -67,12 +82,10 @@ class Site:
         Raises:
             NumericsError: the weight holds NaN or infinity.
         """
-        return self.assess(scheme)[0]
+        return self.assess(scheme).spectrum
 
-    def assess(self, scheme: Scheme) -> tuple[Spectrum, Tensor]:
-        """The spectrum under a scheme, and the share of energy that each rank from 1 on keeps.
-
-        Of the weight's energy, or of the outputs' where calibrated.
+    def assess(self, scheme: Scheme) -> Assessment:
+        """What low rank costs under a scheme.
 
         Raises:
             NumericsError: the weight holds NaN or infinity.
@@ -82,11 +95,11 @@ class Site:
         weight = self.weight
         if self.moment is not None:
             whitened = Whitened(self.spec, scheme, weight, self.moment, self.name)
-            return whitened.spectrum(), 1 - whitened.errors()[1:]
+            return Assessment(whitened.spectrum(), 1 - whitened.errors()[1:], whitened.worth())
         check_finite(weight, self.name)
         values = singular_values(scheme.to_matrix(self.spec, weight))
         spectrum = Spectrum(values, scheme.matrix_shape(self.spec))
-        return spectrum, spectrum.energy()
+        return Assessment(spectrum, spectrum.energy(), 1.0)
 
     def unit_flops(self, scheme: Scheme) -> int | None:
         """FLOPs that one unit of rank costs, or None where not measured."""
@@ -104,6 +117,11 @@ def tensor_key(tensor: Tensor) -> tuple[str, int]:
 
 def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
     return list(module.parameters(recurse=False))
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """Not a vector with sides of one, such as a scale [channels, 1, 1]."""
+    return sum(side != 1 for side in parameter.shape) >= 2
 
 
 def survey(
@@ -129,7 +147,8 @@ def survey(
     layers: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
-        if any(parameter.dim() >= 2 for parameter in _own_parameters(module))
+        if any(map(_is_matrix, _own_parameters(module)))
+        or LayerSpec.of(module) is not None
         or is_parametrized(module)
     }
     owners: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
@@ -156,7 +175,7 @@ def survey(
         names = (name, *tied)
         flops, shapes = _measured(cost, names)
         if cost is not None and not obstacle and not shapes:
-            obstacle = "not called in the forward pass"
+            obstacle = "not called in the forward pass (unused, or its weight is read directly)"
         if shapes and any(not shape for shape in shapes):
             obstacle = obstacle or "called without a tensor"
         sites.append(
@@ -183,6 +202,8 @@ def _obstacle(module: nn.Module, spec: LayerSpec | None, parent: nn.Module | Non
     if is_parametrized(module):
         return "weight is parametrised (torch.nn.utils.parametrize)"
     if spec is None:
+        if "forward" in vars(module):
+            return f"the forward of this {_type(module)} is replaced"
         return f"{_type(module)} is not supported"
     if not math.prod(spec.weight_shape):
         return "the weight is empty"

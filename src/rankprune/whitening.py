@@ -51,9 +51,11 @@ class Moment:
     Args:
         groups: g, of a grouped convolution.
         features: D, length of a patch: C/g times the kernel's positions, or in_features.
+        weighted: each input was multiplied by the norm of a loss's gradient by the output.
     """
 
-    def __init__(self, groups: int, features: int) -> None:
+    def __init__(self, groups: int, features: int, *, weighted: bool = False) -> None:
+        self.weighted = weighted
         self.groups = groups
         self.features = features
         self.count = 0
@@ -226,14 +228,25 @@ class Whitened:
 
         E‖(W − W_r) x‖² / E‖W x‖², without the bias.
         """
-        if self.by_columns:
-            energies = self._decomposition.values.square().sum(0)
-            lost = energies.sum() - torch.cat([energies.new_zeros(1), energies.cumsum(0)])
-        else:
-            lost = self._exact_errors()
+        lost = self._lost
         if not lost[0] > 0:
             return torch.zeros_like(lost)  # nothing comes out of this layer: nothing can be lost
         return (lost / lost[0]).clamp(0, 1)
+
+    def worth(self) -> float:
+        """What losing all of the output costs, in units that layers share; 1 if not weighted.
+
+        Σ ‖g‖² ‖W x‖² over the calls, with g the gradient of the loss by the output.
+        """
+        return float(self._lost[0]) * self.moment.count if self.moment.weighted else 1.0
+
+    @cached_property
+    def _lost(self) -> Tensor:
+        """E‖(W − W_r) x‖² at rank 0, 1, …, max_rank."""
+        if self.by_columns:
+            energies = self._decomposition.values.square().sum(0)
+            return energies.sum() - torch.cat([energies.new_zeros(1), energies.cumsum(0)])
+        return self._exact_errors()
 
     def _exact_errors(self) -> Tensor:
         """Σ_{k,l > r} ⟨term k, term l⟩ of the rank-1 terms, in the metric of whole patches.

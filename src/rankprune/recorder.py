@@ -1,0 +1,190 @@
+"""Hooks that sum up what layers are called with, and how much the answers depend on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankprune.errors import ConfigError, NumericsError
+from rankprune.survey import Site
+from rankprune.whitening import Moment, Rows, input_patches
+
+
+class Recorder:
+    """Second moments of the inputs of layers, while it is open.
+
+    Args:
+        model: that is called.
+        sites: layers that can be calibrated.
+        dtype: precision of the sums.
+
+    Attributes:
+        moments: by layer name; layers that were not called are missing.
+        mask: of the present batch, [B, T]; None takes all positions.
+    """
+
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.model = model
+        self.sites = sites
+        self.dtype = dtype
+        self.moments: dict[str, Moment] = {}
+        self.mask: Tensor | None = None
+        self._last: tuple[Tensor, int, Rows] | None = None
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Recorder:
+        for site in self.sites:
+            # a weight that several layers share is called with the inputs of all
+            for module in {self.model.get_submodule(name) for name in (site.name, *site.tied)}:
+                self._hooks.callback(self._register(site, module))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._last = None
+        self._hooks.close()
+
+    def _register(self, site: Site, module: nn.Module) -> Callable[[], None]:
+        def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = _first(args, kwargs)
+            if inputs is not None:
+                with torch.no_grad():
+                    self._add(site, self._shared_rows(site, inputs))
+
+        return module.register_forward_pre_hook(record, with_kwargs=True).remove
+
+    def _shared_rows(self, site: Site, inputs: Tensor) -> Rows:
+        """Query, key and value are called with the very same tensor."""
+        assert site.spec is not None
+        version = 0 if inputs.is_inference() else inputs._version
+        if not site.spec.dims and self._last is not None:
+            tensor, before, rows = self._last
+            if tensor is inputs and before == version:
+                return rows
+        rows = Rows(self._patches(site, inputs))
+        self._last = None if site.spec.dims else (inputs, version, rows)
+        return rows
+
+    def _patches(self, site: Site, inputs: Tensor) -> Tensor:
+        assert site.spec is not None
+        patches = input_patches(site.spec, self._unmasked(site, inputs).to(self.dtype))
+        if not torch.isfinite(patches.sum()):
+            raise NumericsError(
+                f"layer {site.name!r} is called with NaN or infinity: look at the batch, and at "
+                "what the layers before it make of it"
+            )
+        return patches
+
+    def _unmasked(self, site: Site, values: Tensor) -> Tensor:
+        """Without padding, where a layer sees [B, T, C]."""
+        assert site.spec is not None
+        mask = self.mask
+        if site.spec.dims or mask is None or values.shape[:-1] != mask.shape:
+            return values
+        return values[mask.to(values.device).bool()]
+
+    def _add(self, site: Site, rows: Rows, *, weighted: bool = False) -> None:
+        moment = self.moments.get(site.name)
+        if moment is None:
+            groups, _, features = rows.values.shape
+            moment = self.moments[site.name] = Moment(groups, features, weighted=weighted)
+        moment.update(rows)
+
+
+class SensitivityRecorder(Recorder):
+    """The same, each input times the norm of the gradient of a loss by the layer's output.
+
+    Run the model with gradients, and the loss backward, while it is open. No gradients of weights
+    are computed.
+    """
+
+    def __enter__(self) -> SensitivityRecorder:
+        super().__enter__()
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                self._hooks.callback(parameter.requires_grad_)
+        return self
+
+    def _register(self, site: Site, module: nn.Module) -> Callable[[], None]:
+        def record(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> Tensor | None:
+            inputs = _first(args, kwargs)
+            if inputs is None or not torch.is_grad_enabled():
+                return None
+            if not output.requires_grad:
+                # from here on there is a graph; a clone may be changed in place
+                output = output.detach().requires_grad_().clone()
+            # the layer's input may be changed in place before the gradient is known
+            kept = inputs.detach().clone()
+            output.register_hook(lambda gradient: self._weigh(site, kept, gradient))
+            return output
+
+        return module.register_forward_hook(record, with_kwargs=True).remove
+
+    @torch.no_grad()
+    def _weigh(self, site: Site, inputs: Tensor, gradient: Tensor) -> None:
+        spec = site.spec
+        assert spec is not None
+        gradient = self._unmasked(site, gradient).to(self.dtype)
+        if spec.dims:  # [B, N, *] → [g, B · positions]
+            batch = gradient.shape[0] if gradient.dim() == spec.dims + 2 else 1
+            grouped = gradient.reshape(batch, spec.groups, -1, gradient[0, 0].numel())
+            squares = grouped.square().sum(2).transpose(0, 1).flatten(1)
+        else:
+            squares = gradient.square().sum(-1).reshape(1, -1)
+        if not torch.isfinite(squares.sum()):
+            raise NumericsError(f"layer {site.name!r}: the gradient of its output is not finite")
+        patches = self._patches(site, inputs) * squares.sqrt().unsqueeze(-1)
+        self._add(site, Rows(patches), weighted=True)
+
+
+def sampled_loss(output: Any, mask: Tensor | None, generator: torch.Generator) -> Tensor:
+    """A loss whose expected squared gradients are those of the model's own answers.
+
+    For logits the negative log-likelihood of classes drawn from them, summed over positions: its
+    squared gradients are the Fisher information, and need no labels. For a hidden state a random
+    direction: squared gradients of ½‖Δh‖².
+
+    Args:
+        output: logits, or an output with `logits` or `last_hidden_state`.
+        mask: [B, T], to leave padding out.
+        generator: on the CPU.
+
+    Raises:
+        ConfigError: an output of another kind.
+    """
+    hidden: Any = None
+    logits: Any = output if isinstance(output, Tensor) else _field(output, "logits")
+    if not isinstance(logits, Tensor):
+        hidden = _field(output, "last_hidden_state")
+    values = logits if isinstance(logits, Tensor) else hidden
+    if not isinstance(values, Tensor):
+        raise ConfigError(
+            f"sensitivity needs an output with logits or last_hidden_state, the model returns "
+            f"{type(output).__name__}; give sensitivity=… a function of it that returns a loss"
+        )
+    if mask is not None and values.shape[:2] == mask.shape:
+        values = values[mask.to(values.device).bool()]
+    values = values.float()
+    if hidden is not None:
+        directions = torch.randn(values.shape, generator=generator).to(values.device)
+        return (values * directions).sum()
+    flat = values.flatten(0, -2) if values.dim() > 1 else values.unsqueeze(0)
+    shares = flat.detach().softmax(-1).cpu()
+    classes = torch.multinomial(shares, 1, generator=generator).squeeze(1).to(flat.device)
+    return nn.functional.cross_entropy(flat, classes, reduction="sum")
+
+
+def _field(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
