@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,53 @@ def realised() -> str:
     return "\n".join(lines)
 
 
+def _pretrained() -> list[dict[str, Any]]:
+    path = Path(__file__).parent / "pretrained" / "results.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return rows
+
+
+def by_kept(model: str) -> Callable[[], str]:
+    """Methods by the share of the linear layers' parameters that they keep."""
+
+    def table() -> str:
+        rows = [r for r in _pretrained() if r["model"] == model and "kept_exactly" in r]
+        if not rows:
+            return ""
+        shares = sorted({row["kept_params"] for row in rows}, reverse=True)
+        names = list(dict.fromkeys(row["method"] for row in rows))
+        names.sort(key=lambda name: max(r["tokens_or_images"] for r in rows if r["method"] == name))
+        found = {(r["method"], r["kept_params"]): r for r in rows}
+        lines = [
+            f"| {rows[0]['metric']}; dense {rows[0]['dense']} | "
+            + " | ".join(f"{share:.0%}" for share in shares)
+            + " | tokens or sentences |",
+            "|---|" + "---|" * (len(shares) + 1),
+        ]
+        for name in names:
+            own = [found.get((name, share)) for share in shares]
+            cells = " | ".join("" if r is None else f"{r['value']:,}" for r in own)
+            seen = max(r["tokens_or_images"] for r in own if r is not None)
+            lines.append(f"| {name} | {cells} | {seen:,} |")
+        return "\n".join(lines)
+
+    return table
+
+
+def efficientnet() -> str:
+    rows = [r for r in _pretrained() if r["model"] == "EfficientNet-Lite0"]
+    methods = ("svd", "svd+bn", "aware+bn", "sensitive+bn")
+    lines = ["| FLOPs | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
+    for flops in sorted({row["flops"] for row in rows}, reverse=True):
+        cells = []
+        for method in methods:
+            own = {r["metric"]: r for r in rows if r["flops"] == flops and r["method"] == method}
+            values = [f"{found['value']:.1f}" for found in own.values()]
+            cells.append(" / ".join(reversed(values)))
+        lines.append(f"| {flops:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 PAGES = {
     "projection.md": {
         "projection": projection,
@@ -151,6 +199,11 @@ PAGES = {
         "latency budget": latency_budget,
         "flops budget": flops_budget,
         "realised": realised,
+    },
+    "pretrained.md": {
+        "smollm2": by_kept("SmolLM2-135M-Instruct"),
+        "minilm": by_kept("all-MiniLM-L6-v2"),
+        "efficientnet": efficientnet,
     },
 }
 

@@ -23,8 +23,11 @@ INT8 = {
 }
 
 
-def test_there_is_one_for_each_framework_and_for_each_way_to_int8() -> None:
-    assert sorted([*EXAMPLES, *INT8]) == sorted(path.name for path in FOLDER.glob("*.py"))
+DISTILL = "distill_transformer.py"
+
+
+def test_each_is_tested() -> None:
+    assert sorted([*EXAMPLES, *INT8, DISTILL]) == sorted(path.name for path in FOLDER.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -52,6 +55,19 @@ def test_it_runs_and_the_compact_model_is_as_accurate(name: str, tmp_path: Path)
     flops = re.search(r"^FLOPs +\S+ → \S+ \(([\d.]+)×\)$", printed, re.MULTILINE)
     assert flops is not None, printed
     assert float(flops[1]) >= 2.4
+
+
+@pytest.mark.slow
+def test_distillation_heals_and_the_saved_model_is_the_healed_one(tmp_path: Path) -> None:
+    printed = run(DISTILL, tmp_path)
+    found = re.findall(r"^(one shot|distilled|loaded) +([\d.]+)", printed, re.MULTILINE)
+    away = {name: float(value) for name, value in found}
+    assert away["distilled"] < 0.6 * away["one shot"], printed
+    assert away["loaded"] == away["distilled"]
+    projected = re.search(r"^TRP +([\d.]+) projected, ([\d.]+) factorised", printed, re.MULTILINE)
+    assert projected is not None, printed
+    assert float(projected[1]) == pytest.approx(float(projected[2]), abs=1e-4)
+    assert float(projected[2]) < 0.6 * away["one shot"]
 
 
 @pytest.mark.slow

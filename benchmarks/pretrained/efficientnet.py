@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import rankprune as rp
 
 NAME = "EfficientNet-Lite0"
-METHODS = ("svd", "svd+bn", "aware", "aware+bn")
+METHODS = ("svd", "svd+bn", "aware+bn", "sensitive+bn")
 
 
 def open_model() -> nn.Module:
@@ -75,13 +75,15 @@ def main() -> None:
     print(f"dense {dense:.1f} % of {len(truth)} images", flush=True)
     batches = list(seen.split(50))
     stats = rp.calibrate(model, batches)
+    sensitive = rp.calibrate(model, batches, sensitivity=True)
     for flops in options.flops:
         for method in options.methods:
             watch = Stopwatch()
-            own = stats if method.startswith("aware") else None
+            own = None if method.startswith("svd") else stats
+            by = sensitive if method.startswith("sensitive") else own
             try:
                 plan = rp.make_plan(
-                    model, rp.Budget(flops=flops), example_inputs=seen[:1], stats=own
+                    model, rp.Budget(flops=flops), example_inputs=seen[:1], stats=by
                 )
             except rp.BudgetError as error:
                 print(f"flops={flops} {method}: {error}", flush=True)
@@ -104,7 +106,7 @@ def main() -> None:
                         "metric": metric,
                         "value": round(100 * right.float().mean().item(), 1),
                         "dense": round(before, 1),
-                        "tokens_or_images": half if "aware" in method or "bn" in method else 0,
+                        "tokens_or_images": 0 if method == "svd" else half,
                         "minutes": watch.minutes(),
                     }
                 )

@@ -22,7 +22,7 @@ import rankprune as rp
 from rankprune.recipes.distill import Distillation, distill, match_hidden
 
 NAME = "all-MiniLM-L6-v2"
-METHODS = ("svd", "aware", "distilled", "trp")
+METHODS = ("svd", "aware", "sensitive", "distilled", "trp")
 BATCH = 64
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--stsb", type=Path, required=True, help="folder of train.csv and dev.csv")
     parser.add_argument("--kept", type=float, nargs="+", default=[0.8, 0.6])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--lr", type=float, default=3e-4)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -79,6 +79,10 @@ def main() -> None:
     dense = spearman(model, tokenizer, dev)
     print(f"dense {dense:.2f}; {sentences} sentences to train with", flush=True)
     stats = rp.calibrate(model, batches, layers="encoder.*")
+    some = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))[:16]
+    sensitive = rp.calibrate(
+        model, [batches[i] for i in some.tolist()], layers="encoder.*", sensitivity=True
+    )
     for kept in options.kept:
         budget = rp.Budget(params=1 - (1 - kept) * linear / total)
         for method in options.methods:
@@ -87,7 +91,8 @@ def main() -> None:
             if method == "svd":
                 compact, seen = rp.factorize(model, rp.make_plan(model, budget)), 0
             else:
-                plan = rp.make_plan(model, budget, stats=stats)
+                by = stats if method == "aware" else sensitive
+                plan = rp.make_plan(model, budget, stats=by)
                 compact = rp.factorize(model, plan, stats=stats)
             if method in ("distilled", "trp"):
                 seen = sentences * options.epochs
