@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -14,6 +15,8 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("rankprune")
 torch.set_num_threads(1)
+# transformers asks the Hub also about folders; no test needs an answer
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -144,6 +144,7 @@ def compress_streaming(
     with reporting(out, "write"):
         out.mkdir(parents=True, exist_ok=True)
         for block in walk(model, batches, prefix):
+            _forget(model, first)
             compact, dtype = _compress_block(block, shards, target)
             layers += compact
             file = f"{block.name.replace('.', '-')}.safetensors"
@@ -153,9 +154,11 @@ def compress_streaming(
             block.module.to(device="meta")
             if progress is not None:
                 progress(block.name)
-        rest = [name for name in shards.files if not name.startswith(f"{prefix}.")]
-        _write(out / "model-rest.safetensors", shards.read(rest))
-        written |= dict.fromkeys(rest, "model-rest.safetensors")
+        for name in shards.files:
+            if not name.startswith(f"{prefix}."):
+                file = f"{name.replace('.', '-')}.safetensors"
+                _write(out / file, shards.read([name]))
+                written[name] = file
         plan = Plan(layers=tuple(layers), dense_params=total)
         config.quantization_config = RankPruneConfig(replace(plan, layers=plan.factorized))
         config.save_pretrained(out)
@@ -189,6 +192,13 @@ def _compress_block(
         )
         for layer in plan.layers
     ], dtype
+
+
+def _forget(model: nn.Module, names: list[str]) -> None:
+    """Let go of what stands before the blocks: the texts are past it."""
+    held = model.state_dict()
+    empty = {name: held[name].to("meta") for name in names}
+    model.load_state_dict(empty, strict=False, assign=True)
 
 
 def _state(block: Block, dtype: torch.dtype) -> dict[str, Tensor]:
