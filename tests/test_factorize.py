@@ -246,6 +246,58 @@ def test_low_rank_says_what_it_is() -> None:
     assert f"scheme={compact[0].layer.scheme}, rank=4" in str(compact[0])
 
 
+class _Reader(nn.Module):
+    """Reads what dense layers have beside an answer, as much code around layers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(20, 12)
+        self.conv = nn.Conv1d(12, 8, 3, stride=2)
+        self.hf = Conv1D(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.linear.weight.device, self.linear.weight.dtype)
+        x = nn.functional.linear(x, self.linear.weight, self.linear.bias)
+        x = self.conv(x.mT) * self.conv.stride[0] / self.conv.kernel_size[0]
+        weight = self.hf.weight[:, : self.hf.nf]
+        return (x.mT @ weight + self.hf.bias) / self.linear.in_features
+
+
+def test_code_that_reads_a_layer_reads_what_the_dense_layer_had() -> None:
+    model, x = _Reader(), torch.randn(2, 9, 20)
+    compact = factorize(model, make_plan(model, FixedRank(5), guard=False))
+    dense = defactorize(compact)
+    # a Conv1D comes back as nn.Linear, with its weight the other way round
+    dense.hf = Conv1D(6, 8)
+    dense.hf.weight, dense.hf.bias = nn.Parameter(compact.hf.dense_weight()), compact.hf.bias
+    compact(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in compact.parameters())
+    exported = torch.export.export(compact.eval(), (x,)).module()
+    with torch.no_grad():
+        assert relative_error(compact(x), dense(x)) <= 1e-5
+        assert relative_error(exported(x), compact(x)) <= 1e-6
+    with pytest.raises(AttributeError, match="'LowRank' object has no attribute 'stride'"):
+        compact.linear.stride  # noqa: B018
+
+
+def test_a_weight_that_is_only_looked_at_is_not_multiplied_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = small_cnn()
+    compact = factorize(model, make_plan(model, FixedRank(4)))
+    monkeypatch.delattr(LowRank, "product")
+    for name, low_rank in low_rank_layers(compact).items():
+        weight, dense = low_rank.weight, model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        assert (weight.dtype, weight.device, weight.shape) == (
+            dense.dtype,
+            dense.device,
+            dense.shape,
+        )
+        with pytest.raises(AttributeError, match="product"):
+            weight.sum()
+
+
 # -- plans of parts and wholes ---------------------------------------------------------------------
 
 

@@ -107,6 +107,25 @@ def test_profiling_leaves_no_trace() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+class _Positions(nn.Module):
+    """Calls a layer with a part of a parameter, as networks with positions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9, 8))
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(self.table[: len(x)])
+
+
+def test_a_layer_may_be_called_with_a_part_of_a_parameter() -> None:
+    model = _Positions()
+    model.layer.bias.requires_grad_(False)
+    assert profile(model, torch.zeros(4, 8)).layers["layer"].flops == 2 * 4 * 8 * 8
+    assert [parameter.requires_grad for parameter in model.parameters()] == [True, True, False]
+
+
 def test_attention_is_counted_in_full() -> None:
     """The fused inference path hides FLOPs; its switch is put back."""
     enabled = torch.backends.mha.get_fastpath_enabled()

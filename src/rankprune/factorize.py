@@ -6,9 +6,11 @@ import copy
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from rankprune.calibrate import Stats, check_stats
 from rankprune.errors import PlanError, near
@@ -37,19 +39,77 @@ class LowRank(nn.Sequential):
 
     @property
     def weight(self) -> Tensor:
-        """Empty: for code that asks a layer's weight for its dtype and device, as T5's does."""
-        # whoever computes with it would pass by the factors, and fails
-        return _weight(self[0]).new_empty(0)
+        """The dense layer's weight, for code that reads it instead of calling the layer."""
+        # a compiler drops a product of which only the dtype is used
+        return self.product() if torch.compiler.is_compiling() else ReadWeight.of(self)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The dense layer's bias."""
+        bias = self[1].bias
+        assert bias is None or isinstance(bias, nn.Parameter)
+        return bias
+
+    def __getattr__(self, name: str) -> Any:
+        # not self.layer: while a copy is unpickled it has none
+        layer: LayerPlan | None = self.__dict__.get("layer")
+        if layer is not None and layer.spec is not None and name in layer.spec.attributes:
+            return layer.spec.attributes[name]
+        return super().__getattr__(name)
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
         """The weight of the dense layer that computes the same, in that layer's shape."""
+        return self.product()
+
+    def product(self) -> Tensor:
+        """The same, with gradients to the factors."""
         spec, scheme = self.layer.spec, SCHEMES[str(self.layer.scheme)]
         assert spec is not None
         first, second = _weight(self[0]), _weight(self[1])
         working = first.dtype if first.dtype == torch.float64 else torch.float32
         left, right = scheme.factor_matrices(spec, first.to(working), second.to(working))
         return scheme.from_matrix(spec, left @ right).to(first.dtype)
+
+
+class ReadWeight(Tensor):
+    """`LowRank.weight`: multiplied out only where something computes with it.
+
+    Most code that reads a layer's weight asks for its dtype, device or shape and nothing else.
+    """
+
+    _low_rank: LowRank
+
+    @classmethod
+    def of(cls, low_rank: LowRank) -> ReadWeight:
+        """The weight of a factorised layer."""
+        spec = low_rank.layer.spec
+        assert spec is not None
+        # one number that looks like the whole weight: the right dtype, device and shape for nothing
+        weight = _weight(low_rank[0]).new_full((), torch.nan).expand(spec.weight_shape)
+        read = weight.as_subclass(cls)
+        read._low_rank = low_rank
+        return read
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _DESCRIPTIONS:
+            return super().__torch_function__(func, types, args, kwargs)
+        args, kwargs = tree_map_only(
+            cls, lambda read: read._low_rank.product(), (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+
+_DESCRIPTIONS: set[Any] = {
+    Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    Tensor.device.__get__,
+    Tensor.shape.__get__,  # type: ignore[attr-defined]
+    Tensor.size,
+    Tensor.is_floating_point,
+}
 
 
 def factorize(

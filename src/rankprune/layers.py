@@ -95,6 +95,15 @@ class LayerSpec:
         return len(self.kernel_size)
 
     @property
+    def attributes(self) -> dict[str, Any]:
+        """What the layer says of itself, under the names that its class gives them."""
+        if self.kind == "linear":
+            return {"in_features": self.in_channels, "out_features": self.out_channels}
+        if self.kind == "hf_conv1d":
+            return {"nx": self.in_channels, "nf": self.out_channels}
+        return {name: value for name, value in vars(self).items() if name not in ("kind", "bias")}
+
+    @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the weight, in the order in which torch stores it."""
         c, n, g = self.in_channels, self.out_channels, self.groups

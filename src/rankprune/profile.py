@@ -126,6 +126,7 @@ def profile(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(leave).remove)
         stack.enter_context(evaluating(model))
+        stack.enter_context(_frozen(model))
         stack.enter_context(_plain_attention())
         try:
             stack.callback(reshard, model)
@@ -168,6 +169,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """torch's counter looks for gradients of what modules get, and fails at views of parameters."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager
