@@ -143,12 +143,15 @@ def compress(
     inputs = source.example_inputs(batch)
     images = [] if calib is None else _some(normalised_as(calib, source.metadata), samples)
     stats = calibrate(source.model, images) if images else None
+    # a budget weighs layers by what their errors do to the answers
+    weighing = bool(images) and isinstance(target, Budget)
+    by = calibrate(source.model, images, sensitivity=True) if weighing else stats
     plan = make_plan(
         source.model,
         target,
         scheme=scheme,
         example_inputs=inputs,
-        stats=stats,
+        stats=by,
         multiple_of=multiple_of,
         runtime=runtime,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from rankprune.ranks import RankRule
 from rankprune.report import Report, report
 
 PREFIX = "hf:"
+# windows that weigh layers against each other: ranks need few, factors many
+SENSITIVITY = 16
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
 
@@ -168,6 +171,8 @@ def compress(
 ) -> tuple[nn.Module, Plan, Report]:
     """Plan, factorise and compare; with text by the error of the layers' outputs on it.
 
+    Under a budget layers are weighed by what their errors do to the answers, on the first windows.
+
     Args:
         source: the dense model.
         target: a rule or a budget; FLOPs are those of one sequence of 16 tokens.
@@ -183,18 +188,21 @@ def compress(
         BudgetError: the budget cannot be met.
     """
     stats: Stats | None = None
+    by: Stats | None = None
     batches: list[Any] = []
     if text is not None:
         batches = list(source.text(text, window=window, windows=windows))
-        stats = calibrate(source.model, batches, progress=progress)
+        by = stats = calibrate(source.model, batches, progress=progress)
+        if isinstance(target, Budget):
+            by = calibrate(source.model, batches[:SENSITIVITY], sensitivity=True)
     elif blockwise:
         raise ConfigError("compressing block by block needs a text to calibrate with")
     inputs = source.example_inputs()
-    plan = make_plan(source.model, target, example_inputs=inputs, stats=stats, overrides=overrides)
-    compact = factorize(source.model, plan, stats=stats)
+    plan = make_plan(source.model, target, example_inputs=inputs, stats=by, overrides=overrides)
     if blockwise:
-        dense = factorize(source.model, Plan(layers=(), dense_params=plan.dense_params))
-        compact = factorize_blocks(dense, plan, batches)
+        compact = factorize_blocks(copy.deepcopy(source.model), plan, batches)
+    else:
+        compact = factorize(source.model, plan, stats=stats)
     return compact, plan, report(source.model, compact, example_inputs=inputs, plan=plan)
 
 
