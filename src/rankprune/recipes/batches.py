@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,11 +151,17 @@ def _prepared(
         # of its own: it draws a number when it starts, and a resumed run starts once more
         generator=torch.Generator(),
     )
+    prepared: Any = iter(loader)
     try:
-        yield from loader
+        yield from prepared
     except FileError as error:
         # what comes from a worker has its traceback in front
         raise FileError(str(error).rpartition("FileError: ")[2].strip()) from None
+    finally:
+        # an error keeps this frame alive, and with it the workers, whose later end torch
+        # would report in the middle of something else
+        if workers:
+            prepared._shutdown_workers()
 
 
 def _augmentation(data: ImageData) -> torch.nn.Module:
