@@ -29,6 +29,8 @@ LAYERS = {
     "valid": (nn.Conv2d(4, 5, 3, padding="valid"), (2, 4, 8, 8)),
     "1-d": (nn.Conv1d(5, 7, 4, stride=2, padding=1), (3, 5, 20)),
     "3-d": (nn.Conv3d(2, 6, (2, 3, 2), padding=1), (2, 2, 5, 6, 7)),
+    # spatial's columns are as many as a patch is long, and are none
+    "alike sizes": (nn.Conv2d(4, 12, 3, padding=1), (3, 4, 9, 8)),
     "pointwise": (nn.Conv2d(8, 12, 1), (2, 8, 6, 6)),
 }
 CASES = [

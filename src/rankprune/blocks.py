@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from rankprune.calibrate import Stats, calibrate, moved, run, sites_to_calibrate
+from rankprune.calibrate import Stats, calibrate, mask_of, moved, run, sites_to_calibrate
 from rankprune.errors import ConfigError, near
 from rankprune.factorize import check_plan, factorize
 from rankprune.plan import LayerPlan, Plan
@@ -178,7 +178,7 @@ def _first_calls(model: nn.Module, names: list[str], batches: Iterable[Any]) -> 
 
     with evaluating(model), _uncached(model):
         for batch in moved(batches, model):
-            mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+            mask = mask_of(batch)
             if whole and not calls:
                 _check_chain(model, names, batch)
             hook = model.get_submodule(names[0]).register_forward_pre_hook(

@@ -98,7 +98,7 @@ def calibrate(
     done = 0
     with evaluating(model), kind(model, sites, dtype) as recorder:
         for batch in moved(batches, model):
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            mask = mask_of(batch)
             recorder.mask = mask
             output = run(model, batch, gradients=bool(sensitivity))
             if callable(sensitivity):
@@ -195,6 +195,11 @@ def moved(batches: Iterable[Any], model: nn.Module) -> Iterator[Any]:
         if isinstance(batch, Mapping):
             batch = dict(batch)  # such as transformers' BatchEncoding
         yield tree_map_only(Tensor, lambda value: value.to(held.device), batch)
+
+
+def mask_of(batch: Any) -> Tensor | None:
+    """The `attention_mask` [B, T] of a batch of padded text."""
+    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
 
 def run(model: nn.Module, batch: Any, *, gradients: bool = False) -> Any:

@@ -84,6 +84,11 @@ def arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str,
     )
 
 
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """What a layer is called with: the first tensor among its arguments."""
+    return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+
+
 def profile(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
     """Count parameters, bytes and FLOPs of a network.
 
@@ -105,8 +110,8 @@ def profile(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
     counter = FlopCounterMode(display=False)
 
     def shape_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        return next((tuple(tensor.shape) for tensor in tensors), ())
+        tensor = first_tensor(args, kwargs)
+        return () if tensor is None else tuple(tensor.shape)
 
     with contextlib.ExitStack() as stack:
         for name, module in model.named_modules():

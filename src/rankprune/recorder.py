@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.errors import ConfigError, NumericsError
+from rankprune.profile import first_tensor
 from rankprune.survey import Site
 from rankprune.whitening import Moment, Rows, input_patches
 
@@ -51,7 +52,7 @@ class Recorder:
 
     def _register(self, site: Site, module: nn.Module) -> Callable[[], None]:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = _first(args, kwargs)
+            inputs = first_tensor(args, kwargs)
             if inputs is not None:
                 with torch.no_grad():
                     self._add(site, self._shared_rows(site, inputs))
@@ -115,7 +116,7 @@ class SensitivityRecorder(Recorder):
         def record(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor | None:
-            inputs = _first(args, kwargs)
+            inputs = first_tensor(args, kwargs)
             if inputs is None or not torch.is_grad_enabled():
                 return None
             if not output.requires_grad:
@@ -184,7 +185,3 @@ def sampled_loss(output: Any, mask: Tensor | None, generator: torch.Generator) -
 
 def _field(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    return next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)

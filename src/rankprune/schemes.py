@@ -50,6 +50,8 @@ class Scheme(ABC):
     """Weight ↔ matrices ↔ two layers. Stateless; use the instances in `SCHEMES`."""
 
     name: str
+    # whether the inputs, whole patches, meet the columns; else parts of patches meet the rows
+    patch_in_columns: bool
 
     @abstractmethod
     def refuses(self, spec: LayerSpec) -> str | None:
@@ -123,6 +125,7 @@ class Channel(Scheme):
     """Output channels against the rest (transposed layers: input channels against the rest)."""
 
     name = "channel"
+    patch_in_columns = True
 
     def refuses(self, spec: LayerSpec) -> str | None:
         if spec.kind not in ("conv", "conv_transpose"):
@@ -179,6 +182,7 @@ class Spatial(Scheme):
     """Vertical against horizontal: a kh×1 convolution, then a 1×kw one. Two-dimensional only."""
 
     name = "spatial"
+    patch_in_columns = False
 
     def refuses(self, spec: LayerSpec) -> str | None:
         if spec.kind not in ("conv", "conv_transpose") or spec.dims != 2:
@@ -270,6 +274,7 @@ class Decoupled(Scheme):
     """
 
     name = "decoupled"
+    patch_in_columns = False
 
     def refuses(self, spec: LayerSpec) -> str | None:
         if spec.kind not in ("conv", "conv_transpose"):
@@ -328,6 +333,7 @@ class LinearScheme(Scheme):
     """A linear layer as two linear layers, also for Hugging Face's `Conv1D`."""
 
     name = "linear"
+    patch_in_columns = True
 
     def refuses(self, spec: LayerSpec) -> str | None:
         if spec.kind not in ("linear", "hf_conv1d"):

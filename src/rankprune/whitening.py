@@ -194,8 +194,7 @@ class Whitened:
         self.shape = shape
         self.groups = spec.groups
         self.moment = moment
-        # inputs meet the columns where a row holds a whole patch
-        self.by_columns = shape.cols == features
+        self.by_columns = scheme.patch_in_columns
         matrix = scheme.to_matrix(spec, weight.detach()).double()
         self.oriented = matrix if self.by_columns else matrix.mT  # [batch, outputs, inputs]
 

@@ -168,10 +168,7 @@ class RankPruneQuantizer(HfQuantizer):
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The weights to save, and with them the ranks that stop other loaders."""
         model.config.quantization_config = _config_of(model)  # it may have changed since
-        state = model.state_dict()
-        for name, low_rank in low_rank_layers(model).items():
-            state[f"{name}.weight"] = torch.tensor([low_rank.layer.rank])
-        return state, {}
+        return state_with_ranks(model), {}
 
     def is_serializable(self) -> bool:
         """True: `save_pretrained` works."""
@@ -186,6 +183,14 @@ class RankPruneQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """True: the factors are plain torch layers."""
         return True
+
+
+def state_with_ranks(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state, and as each factorised layer's `weight` its rank, which fits no dense one."""
+    state = model.state_dict()
+    for name, low_rank in low_rank_layers(model).items():
+        state[f"{name}.weight"] = torch.tensor([low_rank.layer.rank])
+    return state
 
 
 def _config_of(model: nn.Module) -> RankPruneConfig:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from rankprune.blocks import Block, find_blocks, walk
 from rankprune.budget import Budget
 from rankprune.errors import ConfigError, FileError
-from rankprune.factorize import factorize, low_rank_layers
+from rankprune.factorize import factorize
 from rankprune.files import commit, read_bytes, reporting, temporary_file, write_atomically
-from rankprune.integrations.huggingface import RankPruneConfig
+from rankprune.integrations.huggingface import RankPruneConfig, state_with_ranks
 from rankprune.plan import LayerPlan, Plan
 from rankprune.planner import UNCHOSEN, make_plan, realise
 from rankprune.profile import count_params
@@ -202,14 +202,11 @@ def _forget(model: nn.Module, names: list[str]) -> None:
 
 
 def _state(block: Block, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A block's tensors by their names in the model; with them the ranks, as `prepare` has them."""
-    state = {
+    """A block's tensors by their names in the model."""
+    return {
         f"{block.name}.{name}": value.to(dtype) if value.is_floating_point() else value
-        for name, value in block.module.state_dict().items()
+        for name, value in state_with_ranks(block.module).items()
     }
-    for name, low_rank in low_rank_layers(block.module).items():
-        state[f"{block.name}.{name}.weight"] = torch.tensor([low_rank.layer.rank])
-    return state
 
 
 def _widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.attach import attach
-from rankprune.calibrate import moved
+from rankprune.calibrate import mask_of, moved
 from rankprune.errors import ConfigError, NumericsError
 from rankprune.options import TRP
 from rankprune.plan import Plan
@@ -109,7 +109,7 @@ def distill(
     student.train()
     try:
         for index, batch in enumerate(moved(batches, student)):
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            mask = mask_of(batch)
             device = next(iter(trained)).device.type
             with torch.autocast(device, torch.bfloat16, enabled=options.bf16):
                 with torch.no_grad():
