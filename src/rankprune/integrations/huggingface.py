@@ -186,7 +186,7 @@ class RankPruneQuantizer(HfQuantizer):
 
 
 def state_with_ranks(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state, and as each factorised layer's `weight` its rank, which fits no dense one."""
+    """A model's state, and as each factorised layer's `weight` its rank: it fits no dense one."""
     state = model.state_dict()
     for name, low_rank in low_rank_layers(model).items():
         state[f"{name}.weight"] = torch.tensor([low_rank.layer.rank])
