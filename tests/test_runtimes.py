@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -35,6 +38,7 @@ from rankprune.runtimes import (
     random_chain,
     random_input,
 )
+from rankprune.signal_stack import _SignalStack
 
 # compiling takes half a minute
 _SLOW = {"compile"}
@@ -370,3 +374,47 @@ def test_calls_take_turns() -> None:
     assert order == list("abc") * 3
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
     assert all(value >= 0 for values in seconds.values() for value in values)
+
+
+SIGNALLED = """
+import gc, os, signal
+import torch
+from rankprune.runtimes import Runtime
+
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+network, x = torch.nn.Linear(64, 64).eval(), torch.zeros(1, 64)
+runs = [Runtime(backend={backend!r}, threads=1).prepare(network, x) for _ in "ab"]
+while runs:
+    runs.pop(0)()
+    gc.collect()
+torch.zeros(2**24)  # what was freed is used for something else
+os.kill(os.getpid(), signal.SIGUSR1)
+print("alive")
+"""
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_signals_are_handled_after_a_network_has_run(backend: str) -> None:
+    """Of two OpenVINO networks the second puts back the first one's signal stack, freed by then."""
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", SIGNALLED.format(backend=backend)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert done.stdout.split() == ["handled", "alive"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal stack is kept on Linux alone")
+def test_openvino_leaves_the_signal_stack_alone() -> None:
+    def stack() -> tuple[int, int, int]:
+        found = _SignalStack()
+        assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found)) == 0
+        return found.address or 0, found.flags, found.size
+
+    before = stack()
+    run = _runtime("openvino").prepare(mlp(), torch.zeros(1, 16))
+    run()
+    assert stack() == before

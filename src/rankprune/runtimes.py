@@ -31,6 +31,7 @@ from rankprune.errors import ConfigError, ExportError, MissingExtraError, near
 from rankprune.export import OPSET, feed, onnx_program, onnx_session, tensors
 from rankprune.layers import LayerSpec
 from rankprune.profile import ExampleInputs, arguments
+from rankprune.signal_stack import kept_signal_stack
 
 Run = Callable[[], Any]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -245,8 +246,9 @@ class OpenVino(OnnxBackend):
             "INFERENCE_PRECISION_HINT": names.get(runtime.precision, runtime.precision),
         }
         try:
-            network = core.read_model(source if isinstance(source, bytes) else str(source))
-            compiled = core.compile_model(network, "CPU", options)
+            with kept_signal_stack():
+                network = core.read_model(source if isinstance(source, bytes) else str(source))
+                compiled = core.compile_model(network, "CPU", options)
         except RuntimeError as error:  # circular padding, for one
             raise ExportError(
                 f"OpenVINO cannot read what torch exported: {str(error).strip().splitlines()[-1]}"
