@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
+import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -345,3 +348,10 @@ def resnet20() -> nn.Module:
 
     torch.manual_seed(0)
     return resnet20_cifar10()
+
+
+def write_plan(folder: Path, document: dict[str, Any]) -> None:
+    """A saved model's plan, sealed as `save` does it: the sha256 with zeros in its own place."""
+    text = json.dumps(document | {"sha256": "0" * 64}, indent=1)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "plan.json").write_text(text.replace("0" * 64, digest, 1))

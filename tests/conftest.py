@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import hypothesis
 import pytest
@@ -26,3 +27,40 @@ def seeded() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     yield
     assert torch.get_default_dtype() is dtype
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="reliability: as many trials as docs/reliability.md"
+    )
+
+
+class Trials:
+    """Attempts at something, counted; those that raise are not held."""
+
+    def __init__(self, full: bool) -> None:
+        self.full = full
+        self.tried = self.held = 0
+
+    def count(self, full: int, quick: int) -> range:
+        """As many as asked for: all with --full, fewer in the ordinary slow tests."""
+        return range(full if self.full else quick)
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        self.tried += 1
+        yield
+        self.held += 1
+
+
+@pytest.fixture
+def trials(request: pytest.FixtureRequest) -> Iterator[Trials]:
+    """Counts that benchmarks/reliability/measure.py reads from the test's properties."""
+    found = Trials(request.config.getoption("--full"))
+    yield found
+    title = (request.function.__doc__ or request.node.name).splitlines()[0].rstrip(".")
+    request.node.user_properties += [
+        ("title", title),
+        ("tried", found.tried),
+        ("held", found.held),
+    ]

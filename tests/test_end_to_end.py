@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import rankprune as rp
+from cases import write_plan
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "rule": {"rank": rp.Energy(0.8), "nuclear": 1e-3},
@@ -306,7 +307,7 @@ def edited(folder: Path, **changes: Any) -> None:
             document[target][field] = value
         else:
             document[target] = value
-    (folder / "plan.json").write_text(json.dumps(document))
+    write_plan(folder, document)
 
 
 @pytest.mark.parametrize(

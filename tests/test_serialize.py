@@ -29,6 +29,7 @@ from cases import (
     mlp,
     resnet18,
     small_cnn,
+    write_plan,
 )
 from rankprune import (
     FileError,
@@ -229,7 +230,7 @@ def test_overwriting_leaves_the_new_model_alone(tmp_path: Path) -> None:
 CALLS = {
     "os.replace": (2, 2),
     "os.fsync": (4, 3),
-    "os.open": (2, 1),
+    "os.open": (3, 2),
     "save_file": (1, 1),
     "Path.mkdir": (1, 1),
 }
@@ -412,38 +413,45 @@ def _survives(folder: Path, expected: Tensor) -> bool:
 
 
 def test_flipped_bits_never_change_an_answer(saved: Path) -> None:
-    """200 in the weights, all refused; 300 in the plan, refused or without consequence."""
+    """200 in the weights, 300 in the plan: all are refused."""
     expected = _answers(load(_fresh(_look_alike), saved))
     generator = random.Random(0)
-    survived = {}
     for name, count in ((WEIGHTS, 200), (PLAN, 300)):
         path = saved / name
         content = path.read_bytes()
-        bits = generator.sample(range(8 * len(content)), count)
-        survived[name] = 0
-        for bit in bits:
+        for bit in generator.sample(range(8 * len(content)), count):
             damaged = bytearray(content)
             damaged[bit // 8] ^= 1 << bit % 8
             path.write_bytes(damaged)
-            survived[name] += _survives(saved, expected)
+            assert not _survives(saved, expected), (name, bit)
         path.write_bytes(content)
-    assert survived[WEIGHTS] == 0
-    # costs, energies and reasons are for reading
-    assert 0 < survived[PLAN] < 150
     assert _survives(saved, expected)
 
 
 @pytest.mark.slow
-def test_no_flipped_bit_of_the_plan_changes_an_answer(saved: Path) -> None:
+def test_no_flipped_bit_of_the_plan_is_missed(saved: Path) -> None:
     """Every bit there is."""
-    expected = _answers(load(_fresh(_look_alike), saved))
     path = saved / PLAN
     content = path.read_bytes()
     for bit in range(8 * len(content)):
         damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
-        _survives(saved, expected)
+        with pytest.raises(PlanError):
+            read_plan(saved)
+
+
+def test_a_plan_changed_by_hand_is_refused(saved: Path) -> None:
+    """Also where the change would mean nothing."""
+    text = (saved / PLAN).read_text()
+    for changed in (
+        text.replace("free text", "true text"),
+        text + " ",
+        text.replace("sha256", "x"),
+    ):
+        (saved / PLAN).write_text(changed)
+        with pytest.raises(PlanError, match=r"plan\.json: (damaged or changed|'sha256' must be)"):
+            read_plan(saved)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, PLAN])
@@ -463,7 +471,7 @@ def test_truncated_files_are_refused(saved: Path, name: str) -> None:
 def _rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     document = json.loads((folder / PLAN).read_text())
     change(document)
-    (folder / PLAN).write_text(json.dumps(document))
+    write_plan(folder, document)
 
 
 def _put(section: str, **values: Any) -> Callable[[dict[str, Any]], None]:

@@ -12,6 +12,11 @@ from pathlib import Path
 
 from rankprune.errors import FileError
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
 
@@ -84,8 +89,30 @@ def commit(temporary: Path, path: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep other writers of a folder waiting, for as long as they ask; a killed one holds nobody.
+
+    File systems without locks, and Windows, let them in: then writers must not meet.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file is one that a writer has not committed yet, or never will."""
+    return _TEMPORARY.fullmatch(path.name) is not None
+
+
 def remove_stale(folder: Path) -> None:
     """Remove temporaries that a killed writer left behind."""
-    for path in folder.iterdir():
-        if _TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    for path in filter(is_temporary, folder.iterdir()):
+        path.unlink(missing_ok=True)

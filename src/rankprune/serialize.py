@@ -1,13 +1,15 @@
 """Saving and loading: safetensors and a plan. No pickle, nothing from a file is executed.
 
 A saved model is a folder with `plan.json` and the weights file that it names, with the sha256 of
-its content. Replacing `plan.json` is the commit point: a save first writes the new weights beside
-the old ones, then swaps the plan in, then removes what no plan refers to. A reader therefore sees
-the old model or the new one, whenever it looks and wherever a writer was killed.
+the content of both. Replacing `plan.json` is the commit point: a save first writes the new weights
+beside the old ones, then swaps the plan in, then removes what no plan refers to. A reader therefore
+sees the old model or the new one, whenever it looks and wherever a writer was killed; writers wait
+for each other.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -25,6 +27,7 @@ from rankprune.errors import FileError, LayerError, PlanError
 from rankprune.factorize import check_plan, factor_skeleton, plan_of
 from rankprune.files import (
     commit,
+    exclusive,
     file_sha256,
     read_bytes,
     remove_stale,
@@ -38,6 +41,8 @@ PLAN = "plan.json"
 WEIGHTS = "model.safetensors"
 _WEIGHTS_NAME = re.compile(r"model(-[0-9a-f]{12})?\.safetensors")
 _MAX_PLAN_BYTES = 64 * 2**20
+# In place of the plan's own sha256 while it is computed.
+_UNSEALED = "0" * 64
 # In the weights' own header, where the sha256 covers them: JSON of name to name.
 _ALIASES = "aliases"
 
@@ -71,30 +76,32 @@ def save(
     folder = Path(folder)
     described = _described(model, plan).with_metadata(**(metadata or {}))
     document = json.loads(described.to_json())
-    if (folder / PLAN).exists() and not overwrite:
-        raise FileError(
-            f"{folder}: holds a saved model already; choose another folder or overwrite it"
-        )
     tensors, aliases = _unique_tensors(model)
     with reporting(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
-        remove_stale(folder)
-        with temporary_file(folder, WEIGHTS) as temporary:
-            header = {"format": "pt", _ALIASES: json.dumps(aliases)}
-            try:
-                save_file(tensors, temporary, metadata=header)
-            except SafetensorError as error:
-                raise FileError(f"{folder}: cannot write: {error}") from error
-            digest = file_sha256(temporary)
-            name = WEIGHTS
-            if (folder / WEIGHTS).exists():
-                name = f"model-{digest[:12]}.safetensors"
-            commit(temporary, folder / name)
-        document["weights"] = {"file": name, "sha256": digest}
-        write_atomically(folder / PLAN, json.dumps(document, indent=1, allow_nan=False).encode())
-        for other in folder.iterdir():
-            if _WEIGHTS_NAME.fullmatch(other.name) and other.name != name and _is_own(other):
-                other.unlink(missing_ok=True)
+        with exclusive(folder):
+            if (folder / PLAN).exists() and not overwrite:
+                raise FileError(
+                    f"{folder}: holds a saved model already; choose another folder or overwrite it"
+                )
+            remove_stale(folder)
+            with temporary_file(folder, WEIGHTS) as temporary:
+                header = {"format": "pt", _ALIASES: json.dumps(aliases)}
+                try:
+                    save_file(tensors, temporary, metadata=header)
+                except SafetensorError as error:
+                    raise FileError(f"{folder}: cannot write: {error}") from error
+                digest = file_sha256(temporary)
+                name = WEIGHTS
+                if (folder / PLAN).exists() or (folder / WEIGHTS).exists():
+                    # a reader may have read the old plan: no other content under the old name
+                    name = f"model-{digest[:12]}.safetensors"
+                commit(temporary, folder / name)
+            document["weights"] = {"file": name, "sha256": digest}
+            write_atomically(folder / PLAN, _sealed(document))
+            for other in folder.iterdir():
+                if _WEIGHTS_NAME.fullmatch(other.name) and other.name != name and _is_own(other):
+                    other.unlink(missing_ok=True)
     return folder
 
 
@@ -190,6 +197,23 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     return tensors, aliases
 
 
+def _sealed(document: dict[str, Any]) -> bytes:
+    """As JSON with the sha256 of the bytes, computed with zeros in its own place."""
+    text = json.dumps({"sha256": _UNSEALED} | document, indent=1, allow_nan=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return text.replace(_UNSEALED, digest, 1).encode()
+
+
+def _check_seal(path: Path, content: bytes, document: dict[str, Any]) -> None:
+    digest = _digest(path, document)
+    zeroed = content.replace(digest.encode(), _UNSEALED.encode(), 1)
+    if hashlib.sha256(zeroed).hexdigest() != digest:
+        raise PlanError(
+            f"{path}: damaged or changed since it was saved: its sha256 is not the {digest[:12]}… "
+            "that it says; get a fresh copy, or save the model anew"
+        )
+
+
 def _read_document(folder: Path) -> tuple[Plan, dict[str, Any]]:
     if not folder.is_dir():
         raise FileError(f"{folder}: no such folder")
@@ -201,38 +225,52 @@ def _read_document(folder: Path) -> tuple[Plan, dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise PlanError(f"{path}: not valid JSON: {error}") from None
     plan = Plan.from_json(text, str(path))
+    _check_seal(path, content, document)
     return plan, _weights_entry(path, document)
+
+
+def _digest(path: Path, entry: dict[str, Any]) -> str:
+    digest = entry.get("sha256")
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise PlanError(f"{path}: 'sha256' must be 64 hexadecimal digits")
+    return digest
 
 
 def _weights_entry(path: Path, document: dict[str, Any]) -> dict[str, Any]:
     entry = document.get("weights")
     if not isinstance(entry, dict) or set(entry) != {"file", "sha256"}:
         raise PlanError(f"{path}: 'weights' must name file and sha256")
-    name, digest = entry["file"], entry["sha256"]
+    name = entry["file"]
     if not isinstance(name, str) or not _WEIGHTS_NAME.fullmatch(name):
         raise PlanError(f"{path}: refused weights file name {str(name)[:80]!r}")
-    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-        raise PlanError(f"{path}: 'sha256' must be 64 hexadecimal digits")
+    _digest(path, entry)
     return entry
 
 
 def _open(folder: Path) -> tuple[Plan, dict[str, Tensor], dict[str, str]]:
     plan, entry = _read_document(folder)
-    path = folder / entry["file"]
-    if not path.exists():
-        # a concurrent save may have committed a newer plan and removed these weights
-        plan, entry = _read_document(folder)
-        path = folder / entry["file"]
+    while True:
+        try:
+            return plan, *_read_weights(folder / entry["file"], entry["sha256"])
+        except FileError:
+            # a concurrent save may have committed a newer plan and removed these weights
+            before = entry
+            plan, entry = _read_document(folder)
+            if entry == before:
+                raise
+
+
+def _read_weights(path: Path, expected: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     with reporting(path, "read"):
         if path.is_symlink() or not path.is_file():
             raise FileError(f"{path}: missing, or not a regular file")
         digest = file_sha256(path)
-    if digest != entry["sha256"]:
+    if digest != expected:
         raise FileError(
             f"{path}: damaged or changed: its sha256 is {digest[:12]}…, the plan says "
-            f"{entry['sha256'][:12]}…; get a fresh copy"
+            f"{expected[:12]}…; get a fresh copy"
         )
-    return plan, read_tensors(path), _read_aliases(path)
+    return read_tensors(path), _read_aliases(path)
 
 
 def _is_own(path: Path) -> bool:
@@ -260,12 +298,12 @@ def _read_aliases(path: Path) -> dict[str, str]:
 def _check_names(
     model: nn.Module,
     plan: Plan,
-    weights: Mapping[str, Tensor],
+    weights: dict[str, Tensor],
     aliases: Mapping[str, str],
     folder: Path,
 ) -> None:
     """Compare names and shapes with what the factorised model will have."""
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    expected = shapes(model.state_dict())
     places: defaultdict[int, list[str]] = defaultdict(list)  # one module may stand at many names
     for name, module in model.named_modules(remove_duplicate=False):
         places[id(module)].append(name)
@@ -280,10 +318,14 @@ def _check_names(
                 expected[f"{name}.1.bias"] = bias
     compare_shapes(
         expected,
-        {key: tuple(tensor.shape) for key, tensor in weights.items()}
-        | {key: tuple(weights[name].shape) for key, name in aliases.items() if name in weights},
+        shapes(weights | {key: weights[name] for key, name in aliases.items() if name in weights}),
         str(folder),
     )
+
+
+def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of named tensors."""
+    return {key: tuple(tensor.shape) for key, tensor in state.items()}
 
 
 def compare_shapes(

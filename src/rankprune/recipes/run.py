@@ -13,7 +13,7 @@ from torch import nn
 
 from rankprune.errors import ConfigError, FileError
 from rankprune.factorize import factorize
-from rankprune.files import read_bytes, write_atomically
+from rankprune.files import is_temporary, read_bytes, reporting, write_atomically
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
 from rankprune.recipes.batches import Normalise, check_batch
@@ -39,8 +39,8 @@ _MAX_REPORT_BYTES = 64 * 2**20
 CONFIG = "config.yaml"
 REPORT = "report.json"
 BASELINE = "baseline"
-# All that a run writes, and so all that replacing one removes.
-_FILES = (REPORT, CHECKPOINT, METRICS, CONFIG)
+# All that a run writes beside its options, and so all that replacing one removes.
+_FILES = (REPORT, CHECKPOINT, METRICS)
 _FOLDERS = ("compact", "projected", "dense", BASELINE)
 # Options that change how a run proceeds, and not what comes out.
 _FREE = {"workers", "checkpoint_every", "data_root", "download", "stream"}
@@ -90,6 +90,9 @@ def run(
     baseline = None
     if config.baseline and config.method == "trp":
         dense = config.model_copy(update={"method": "dense", "baseline": False})
+        if is_main_process():
+            (folder / BASELINE).mkdir(exist_ok=True)
+        state.wait_for_everyone()
         _, accuracies = _train(dense, folder / BASELINE, data, progress)
         baseline = accuracies["dense"]
     result, accuracies = _train(config, folder, data, progress)
@@ -140,12 +143,13 @@ def is_main_process() -> bool:
 
 def _check_folder(folder: Path, config: TrainConfig, *, resume: bool, force: bool) -> None:
     """Refuse a folder that holds anything but this run, or another one that may be replaced."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise FileError(f"{folder}: exists and is not a folder")
-    if not any(folder.iterdir()):
-        return
+    with reporting(folder, "read"):
+        if not folder.exists():
+            return
+        if not folder.is_dir():
+            raise FileError(f"{folder}: exists and is not a folder")
+        if all(is_temporary(path) for path in folder.iterdir()):
+            return  # empty, or killed before its options were written
     before = _config_of(folder)
     if before is None:
         raise FileError(f"{folder}: holds something else than a run; choose another folder")
@@ -169,7 +173,11 @@ def _config_of(folder: Path) -> TrainConfig | None:
 
 
 def _prepare_folder(folder: Path, config: TrainConfig) -> None:
-    """Remove an earlier run's files and no others, and write the options."""
+    """Remove an earlier run's files and no others, and write the options.
+
+    Wherever this is killed, the folder is still that of a run: of the earlier one without results,
+    or of the new one without any yet.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in _FILES:
@@ -177,8 +185,6 @@ def _prepare_folder(folder: Path, config: TrainConfig) -> None:
         for name in _FOLDERS:
             if (folder / name).is_dir():
                 shutil.rmtree(folder / name)
-        if config.baseline:
-            (folder / BASELINE).mkdir()
     except OSError as error:
         raise FileError(f"{folder}: cannot prepare it: {error.strerror}") from None
     write_atomically(folder / CONFIG, to_yaml(config))

@@ -16,7 +16,7 @@ from torch import nn
 from rankprune.attach import attach
 from rankprune.budget import Budget
 from rankprune.errors import ConfigError, FileError, RankPruneError
-from rankprune.files import write_atomically
+from rankprune.files import remove_stale, write_atomically
 from rankprune.options import TRP
 from rankprune.plan import Plan
 from rankprune.recipes.batches import Normalise, check_batch, train_batches
@@ -25,10 +25,13 @@ from rankprune.recipes.config import TrainConfig
 from rankprune.recipes.data import ImageData
 from rankprune.recipes.evaluate import evaluate
 from rankprune.recipes.interrupt import Interrupted, catching_signals
+from rankprune.serialize import compare_shapes, shapes
 from rankprune.training import Controller
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
+_STATE = {"total", "step", "model", "optimizer", "scheduler", "scaler", "trp", "sums", "records"}
+_STATE |= {"rng", "cuda_rng"}
 
 
 class Progress:
@@ -136,7 +139,9 @@ class _Run:
         )
         self.steps = check_batch(data, config.batch_size, self.accelerator.num_processes)
         self.total = self.steps * config.epochs
-        checkpoint = self._checkpoint()
+        if folder is not None and self.accelerator.is_main_process:
+            remove_stale(folder)
+        checkpoint = self._checkpoint(model)
         if checkpoint is not None:
             model.load_state_dict(checkpoint["model"])
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -292,15 +297,20 @@ class _Run:
 
     # -- checkpoints -----------------------------------------------------------------------------
 
-    def _checkpoint(self) -> dict[str, Any] | None:
+    def _checkpoint(self, model: nn.Module) -> dict[str, Any] | None:
         if self.folder is None or not (self.folder / CHECKPOINT).exists():
             return None
-        state = read_checkpoint(self.folder / CHECKPOINT)
-        if state.get("total") != self.total or "model" not in state:
+        path = self.folder / CHECKPOINT
+        state = read_checkpoint(path)
+        missing = _STATE - state.keys()
+        if missing:
+            raise FileError(f"{path}: not a checkpoint of a run: {min(missing)!r} is missing")
+        if state["total"] != self.total:
             raise FileError(
-                f"{self.folder / CHECKPOINT}: a checkpoint of another run ({state.get('total')} "
-                f"steps, this one has {self.total})"
+                f"{path}: a checkpoint of another run ({state['total']} steps, this one has "
+                f"{self.total})"
             )
+        compare_shapes(shapes(model.state_dict()), shapes(state["model"]), str(path))
         return state
 
     def _save(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rankprune.errors import FileError
 from rankprune.recipes.checkpoint import is_checkpoint, read_checkpoint
-from rankprune.serialize import compare_shapes, load, read_tensors
+from rankprune.serialize import compare_shapes, load, read_tensors, shapes
 
 _NESTED = ("state_dict", "model", "model_state_dict")
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -35,8 +35,7 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     if path.is_dir():
         return load(model, path)
     state = read_state_dict(path)
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    compare_shapes(expected, {key: tuple(value.shape) for key, value in state.items()}, str(path))
+    compare_shapes(shapes(model.state_dict()), shapes(state), str(path))
     model.load_state_dict(state)
     return model
 
