@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +48,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         )
     try:
         state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise FileError(f"{path}: refused: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # torch lets through whatever odd bytes lead to
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise FileError(f"{path}: refused: {reason}") from None
     if not isinstance(state, dict):
         raise FileError(f"{path}: not a checkpoint: holds a {type(state).__name__}")
     return state

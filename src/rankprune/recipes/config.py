@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -63,7 +64,7 @@ class TrainConfig(BaseModel):
         checkpoint_every: steps between checkpoints; one is always written after an epoch.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     data: str
     model: str
@@ -226,6 +227,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(document, dict):
         raise FileError(f"{path}: expected a mapping of options, got {type(document).__name__}")
+    strange = next((key for key in document if not isinstance(key, str)), None)
+    if strange is not None:
+        raise FileError(f"{path}: option {reprlib.repr(strange)} is not a name")
     return document
 
 
@@ -258,4 +262,4 @@ def _explain(item: Any) -> str:
         return f"unknown option {name!r}; {near(name, TrainConfig.model_fields)}"
     if item["type"] == "missing":
         return f"option {name!r} is missing"
-    return f"{name}={str(item['input'])[:40]!r}: {item['msg'][:1].lower()}{item['msg'][1:]}"
+    return f"{name}={reprlib.repr(item['input'])}: {item['msg'][:1].lower()}{item['msg'][1:]}"
