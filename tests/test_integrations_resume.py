@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,13 @@ class HFModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = mlp()
+        self.losses: list[float] = []
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         y = self.net(torch.nn.functional.dropout(x, 0.1, self.training))
-        return {"loss": y.square().mean(), "logits": y}
+        loss = y.square().mean()
+        self.losses.append(loss.item())
+        return {"loss": loss, "logits": y}
 
 
 class Sampler(torch.utils.data.Sampler):
@@ -98,9 +101,12 @@ class Module(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = mlp()
+        self.losses: list[float] = []
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        return self.net(batch["x"]).square().mean()
+        loss = self.net(batch["x"]).square().mean()
+        self.losses.append(loss.item())
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.net.parameters(), lr=0.01)
@@ -233,6 +239,7 @@ def _transformers(
     resume_from: Path | None = None,
     save: bool = False,
     callback: bool = True,
+    more: Sequence[Any] = (),
 ) -> tuple[HFModel, on_transformers.RankPruneCallback]:
     prune = on_transformers.RankPruneCallback(options, resume_from=resume_from)
     args = transformers.TrainingArguments(
@@ -250,7 +257,7 @@ def _transformers(
     )
     model = HFModel()
     trainer = transformers.Trainer(
-        model, args, train_dataset=_samples(), callbacks=[prune] if callback else []
+        model, args, train_dataset=_samples(), callbacks=[*([prune] if callback else []), *more]
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
