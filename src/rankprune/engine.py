@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rankprune.errors import naming
 from rankprune.linalg import Decomposition
 from rankprune.ranks import Spectrum
 from rankprune.schemes import MatrixShape
@@ -47,6 +48,7 @@ class Job:
         leading: whether the leading singular values suffice to choose.
         start: what the block iteration starts from, of the last result; None without.
         polar: whether U Vᵀ is wanted, over the kept directions.
+        layer: its name, for messages.
     """
 
     shape: MatrixShape
@@ -57,6 +59,7 @@ class Job:
     leading: bool = False
     start: Tensor | None = None
     polar: bool = False
+    layer: str = ""
 
     @property
     def warm(self) -> bool:
@@ -130,7 +133,8 @@ def project(jobs: Sequence[Job]) -> Iterator[tuple[int, Projected]]:
         groups[key].append(index)
     for members in groups.values():
         for chunk in _chunks(jobs, members):
-            yield from _project_chunk(jobs, chunk)
+            with naming(*(jobs[index].layer for index in chunk if jobs[index].layer)):
+                yield from _project_chunk(jobs, chunk)
 
 
 def _chunks(jobs: Sequence[Job], members: Sequence[int]) -> Iterator[list[int]]:

@@ -6,8 +6,9 @@ would do differently. Messages name the layer or the file, what was received, an
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class RankPruneError(Exception):
@@ -59,6 +60,18 @@ class MissingExtraError(RankPruneError, ImportError):
             f"{feature} needs the package {package!r}, which is not installed; "
             f"install it with: pip install 'rankprune[{extra}]'"
         )
+
+
+@contextlib.contextmanager
+def naming(*layers: str) -> Iterator[None]:
+    """Put the layers into the message of a `NumericsError` that does not name one."""
+    try:
+        yield
+    except NumericsError as error:
+        names = ", ".join(map(repr, layers[:3])) + (", …" if len(layers) > 3 else "")
+        if not names or str(error).startswith("layer "):
+            raise
+        raise NumericsError(f"layer {names}: {error}") from error
 
 
 def near(name: str, known: Iterable[str], limit: int = 3) -> str:

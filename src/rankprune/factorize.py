@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from rankprune.calibrate import Stats, check_stats
-from rankprune.errors import PlanError, near
+from rankprune.errors import NumericsError, PlanError, naming, near
 from rankprune.layers import LayerSpec
 from rankprune.linalg import Decomposition, check_finite
 from rankprune.plan import LayerPlan, Plan
@@ -262,13 +262,18 @@ def _factorize_layer(model: nn.Module, entry: LayerPlan, moment: Moment | None) 
     assert rank is not None
     dense = model.get_submodule(entry.name)
     weight = _weight(dense)
-    with torch.no_grad():
+    with torch.no_grad(), naming(entry.name):
         if moment is not None:
             left, right = Whitened(spec, scheme, weight, moment, entry.name).factors(rank)
         else:
             matrix = scheme.to_matrix(spec, weight.detach())
             left, right = Decomposition(matrix).truncate(rank).balanced()
-        weights = scheme.factor_weights(spec, left, right)
+        weights = [w.to(weight.dtype) for w in scheme.factor_weights(spec, left, right)]
+        if not all(torch.isfinite(factor).all() for factor in weights):
+            raise NumericsError(
+                f"layer {entry.name!r}: its factors are out of the range of {weight.dtype}: its "
+                f"largest weight is {weight.abs().max().item():.3g}; scale it down, or use fp64"
+            )
     factors = []
     for factor_spec, values in zip(entry.factors(), weights, strict=True):
         factor = factor_spec.build(device=weight.device, dtype=weight.dtype)

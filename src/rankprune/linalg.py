@@ -193,14 +193,14 @@ class Decomposition:
     def _eigen(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues (ascending) and eigenvectors of the smaller side's Gram matrix."""
         lower = gram_lower(self._oriented)
-        return _converged(lambda: torch.linalg.eigh(lower), self.matrix)
+        return converged(lambda: torch.linalg.eigh(lower), self.matrix)
 
     @cached_property
     def _svd(self) -> Truncated:
         """Exact thin SVD of the oriented matrices, fp64."""
         oriented = self._oriented.double()
         return Truncated(
-            *_converged(lambda: torch.linalg.svd(oriented, full_matrices=False), self.matrix)
+            *converged(lambda: torch.linalg.svd(oriented, full_matrices=False), self.matrix)
         )
 
     def _leading(self, rank: int) -> tuple[Tensor, Tensor]:
@@ -270,10 +270,10 @@ class Decomposition:
 def singular_values(matrix: Tensor) -> Tensor:
     """All singular values, descending: [..., min(rows, cols)], fp64."""
     if matrix.dtype == torch.float64:
-        return _converged(lambda: torch.linalg.svdvals(matrix), matrix)
+        return converged(lambda: torch.linalg.svdvals(matrix), matrix)
     double = matrix.double()
     lower = gram_lower(double if matrix.shape[-2] <= matrix.shape[-1] else double.mT)
-    return _converged(lambda: torch.linalg.eigvalsh(lower), matrix).flip(-1).clamp_min(0).sqrt()
+    return converged(lambda: torch.linalg.eigvalsh(lower), matrix).flip(-1).clamp_min(0).sqrt()
 
 
 def square_sum(matrix: Tensor) -> Tensor:
@@ -307,8 +307,8 @@ _BLOCK_ROWS = 384
 _BLOCKS = 4
 
 
-def _converged(compute: Callable[[], T], matrix: Tensor) -> T:
-    """Run a decomposition; its failure is never hidden."""
+def converged(compute: Callable[[], T], matrix: Tensor) -> T:
+    """Run a decomposition of a matrix; its failure becomes a `NumericsError`."""
     try:
         return compute()
     except torch.linalg.LinAlgError as error:

@@ -32,20 +32,27 @@ class Spectrum:
     shape: MatrixShape
     total: Tensor | None = None
 
-    def totals(self) -> Tensor:
-        """Sum of all squared singular values: [batch]."""
-        return self.values.square().sum(1) if self.total is None else self.total
+    def squares(self) -> tuple[Tensor, Tensor]:
+        """Squared singular values [batch, k] and their sums [batch], all in one unit.
+
+        The unit is such that fp64 holds the squares of whatever it holds.
+        """
+        if self.total is not None:  # of fp32 matrices
+            return self.values.square(), self.total
+        largest = self.values.max()
+        squares = (self.values / largest if largest > 0 else self.values).square()
+        return squares, squares.sum(1)
 
     def energy(self) -> Tensor:
         """Cumulated share of the squared singular values, pooled over the batch: [k].
 
         A matrix of zeros has all its energy at every rank.
         """
-        squares = self.values.square().sum(0)
-        total = self.totals().sum()
+        squares, totals = self.squares()
+        total = totals.sum()
         if total == 0:
-            return torch.ones_like(squares)
-        return (squares.cumsum(0) / total).clamp_max(1.0)
+            return torch.ones_like(squares[0])
+        return (squares.sum(0).cumsum(0) / total).clamp_max(1.0)
 
 
 class RankRule(ABC):
@@ -186,9 +193,9 @@ class StableRank(RankRule):
         )
 
     def select(self, spectrum: Spectrum) -> int:
-        squares = spectrum.values.square()
+        squares, totals = spectrum.squares()
         peak = squares[:, 0]
-        stable = torch.where(peak > 0, spectrum.totals() / peak, 1.0).max()
+        stable = torch.where(peak > 0, totals / peak, 1.0).max()
         return _clip(math.ceil(self.factor * float(stable) - 1e-9), spectrum)
 
 
@@ -228,7 +235,7 @@ def _evb_ranks(spectrum: Spectrum) -> Tensor:
     alpha = small / large
     tau_bar = 2.5129 * math.sqrt(alpha)
     x_bar = (1 + tau_bar) * (1 + alpha / tau_bar)
-    squares = spectrum.values.double().square()  # [batch, small]
+    squares = spectrum.squares()[0].double()  # [batch, small]
     # bounds of the noise variance; at most `most` components can be signal
     most = min(math.ceil(small / (1 + alpha)) - 1, small - 1)
     upper = squares.sum(1) / (small * large)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -73,13 +74,22 @@ class Recorder:
 
     def _patches(self, site: Site, inputs: Tensor) -> Tensor:
         assert site.spec is not None
-        patches = input_patches(site.spec, self._unmasked(site, inputs).to(self.dtype))
-        if not torch.isfinite(patches.sum()):
+        inputs = self._unmasked(site, inputs)
+        largest = float(torch.linalg.vector_norm(inputs, torch.inf)) if inputs.numel() else 0.0
+        if not math.isfinite(largest):
             raise NumericsError(
                 f"layer {site.name!r} is called with NaN or infinity: look at the batch, and at "
                 "what the layers before it make of it"
             )
-        return patches
+        dtype = self.dtype
+        if largest and not 1e-12 < largest < 1e12:
+            dtype = torch.float64  # fp32 does not hold the squares
+            if not 1e-140 < largest < 1e140:
+                raise NumericsError(
+                    f"layer {site.name!r} is called with numbers up to {largest:.3g}, whose "
+                    "squares cannot be summed; scale the batch"
+                )
+        return input_patches(site.spec, inputs.to(dtype))
 
     def _unmasked(self, site: Site, values: Tensor) -> Tensor:
         """Without padding, where a layer sees [B, T, C]."""

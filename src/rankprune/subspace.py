@@ -29,7 +29,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rankprune.linalg import RESIDUAL_PROMISE, ROUNDING, gram_lower, in_safe_range, square_sum
+from rankprune.linalg import (
+    RESIDUAL_PROMISE,
+    ROUNDING,
+    converged,
+    gram_lower,
+    in_safe_range,
+    square_sum,
+)
 
 # Gaussian probes for the norms in the certificate, and what their estimates are multiplied by: at
 # rank one, 16 probes underestimate a squared norm by more than 4 less than once in 1,000 times.
@@ -204,7 +211,7 @@ class Subspace:
         """Of the left factor's Gram matrix, ascending."""
         if self._eigen is None:
             gram = torch.nan_to_num(self._gram)  # a failed round is not certified
-            self._eigen = torch.linalg.eigh(gram)
+            self._eigen = converged(lambda: torch.linalg.eigh(gram), gram)
         return self._eigen
 
     def _kept(self, rank: int) -> _Kept:
@@ -351,7 +358,7 @@ def _shifted_cholesky(gram: Tensor) -> Tensor:
 
 def _inverse_root(gram: Tensor, zero: float) -> Tensor:
     """G^(-1/2) over the eigenvalues above `zero` times the largest."""
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = converged(lambda: torch.linalg.eigh(gram), gram)
     positive = values > (zero * values[..., -1:]).clamp_min(0)
     scale = torch.where(positive, values.clamp_min(_TINY).rsqrt(), 0)
     return (vectors * scale.unsqueeze(-2)) @ vectors.mT

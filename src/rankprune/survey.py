@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from rankprune.errors import naming
 from rankprune.layers import LayerSpec
 from rankprune.linalg import check_finite, singular_values
 from rankprune.profile import Profile, factor_flops
@@ -88,18 +89,19 @@ class Site:
         """What low rank costs under a scheme.
 
         Raises:
-            NumericsError: the weight holds NaN or infinity.
+            NumericsError: the weight holds NaN or infinity, or cannot be decomposed.
             LayerError: the moments are those of another layer.
         """
         assert self.spec is not None
         weight = self.weight
-        if self.moment is not None:
-            whitened = Whitened(self.spec, scheme, weight, self.moment, self.name)
-            return Assessment(whitened.spectrum(), 1 - whitened.errors()[1:], whitened.worth())
-        check_finite(weight, self.name)
-        values = singular_values(scheme.to_matrix(self.spec, weight))
-        spectrum = Spectrum(values, scheme.matrix_shape(self.spec))
-        return Assessment(spectrum, spectrum.energy(), 1.0)
+        with naming(self.name):
+            if self.moment is not None:
+                whitened = Whitened(self.spec, scheme, weight, self.moment, self.name)
+                return Assessment(whitened.spectrum(), 1 - whitened.errors()[1:], whitened.worth())
+            check_finite(weight, self.name)
+            values = singular_values(scheme.to_matrix(self.spec, weight))
+            spectrum = Spectrum(values, scheme.matrix_shape(self.spec))
+            return Assessment(spectrum, spectrum.energy(), 1.0)
 
     def unit_flops(self, scheme: Scheme) -> int | None:
         """FLOPs that one unit of rank costs, or None where not measured."""

@@ -407,6 +407,7 @@ class Controller:
             leading=leading,
             start=target.start,
             polar=bool(options.nuclear) and options.nuclear_when == "projection" and not final,
+            layer=target.name,
         )
 
     def _run(self, jobs: list[Job]) -> Iterator[tuple[_Target, Projected]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rankprune.errors import LayerError
 from rankprune.layers import LayerSpec
-from rankprune.linalg import Decomposition, check_finite
+from rankprune.linalg import Decomposition, check_finite, converged
 from rankprune.ranks import Spectrum
 from rankprune.schemes import Scheme
 
@@ -82,6 +82,8 @@ class Moment:
             for kept in self._rows:
                 self._gram.baddbmm_(kept.mT, kept)
             self._rows = []
+        if rows.gram.dtype == torch.float64:
+            self._gram = self._gram.double()
         self._gram += rows.gram
 
     def mean(self) -> Tensor:
@@ -116,7 +118,7 @@ class Moment:
         diagonal += ridge * diagonal.mean(-1, keepdim=True)
         root, failed = torch.linalg.cholesky_ex(moment)
         if bool((failed != 0).any()):
-            values, vectors = torch.linalg.eigh(moment)
+            values, vectors = converged(lambda: torch.linalg.eigh(moment), moment)
             root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
         return matrix @ root.unflatten(0, (self.groups, *between))
 
@@ -205,8 +207,15 @@ class Whitened:
             # all of the remaining kernel positions as further samples of the rows
             total = self._spread().diagonal(dim1=2, dim2=4).sum(-1)
             moment = Moment.of_gram(total)
-        weighed = moment.weigh(self._grouped(self.oriented))
-        return Decomposition(weighed.flatten(0, 1).float())
+        weighed = moment.weigh(self._grouped(self.oriented)).flatten(0, 1)
+        # in a unit in which fp32 has all its digits
+        self._unit = float(weighed.abs().max()) or 1.0
+        return Decomposition((weighed / self._unit).float())
+
+    @cached_property
+    def _values(self) -> Tensor:
+        """Singular values in the metric: [batch, max_rank]."""
+        return self._decomposition.values * self._unit
 
     def _spread(self) -> Tensor:
         """G by rows and remaining kernel positions: [g, rows, P, rows, P]."""
@@ -220,7 +229,7 @@ class Whitened:
 
     def spectrum(self) -> Spectrum:
         """Singular values in the metric: roots of mean output energies."""
-        return Spectrum(self._decomposition.values, self.shape)
+        return Spectrum(self._values, self.shape)
 
     def errors(self) -> Tensor:
         """Share of the output's energy that is lost at rank 0, 1, …, max_rank: fp64.
@@ -243,7 +252,7 @@ class Whitened:
     def _lost(self) -> Tensor:
         """E‖(W − W_r) x‖² at rank 0, 1, …, max_rank."""
         if self.by_columns:
-            energies = self._decomposition.values.square().sum(0)
+            energies = self._values.square().sum(0)
             return energies.sum() - torch.cat([energies.new_zeros(1), energies.cumsum(0)])
         return self._exact_errors()
 
