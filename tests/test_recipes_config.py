@@ -49,7 +49,7 @@ def test_options_survive_the_file(tmp_path: Path) -> None:
     ("values", "message"),
     [
         ({"flops": 0.5, "epoch": 3}, "did you mean 'epochs'"),
-        ({"flops": 0.5, "epochs": 0}, "epochs='0'"),
+        ({"flops": 0.5, "epochs": 0}, "epochs=0: "),
         ({"flops": 0.5, "precision": "fp8"}, "precision='fp8'"),
         ({"flops": 0.5, "scheme": "spatiel"}, "did you mean 'spatial'"),
         ({"flops": 0.5, "rank": "evbmf"}, "not both"),

@@ -691,3 +691,12 @@ def test_a_reader_beside_a_writer_sees_a_whole_model(
 
     monkeypatch.setattr(serialize, "_read_document", interrupted)
     assert _states_equal(load(_fresh(mlp), tmp_path), new)
+
+
+def test_others_may_read_what_new_files_may(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save(_compact(mlp), tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}

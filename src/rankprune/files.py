@@ -78,7 +78,10 @@ def temporary_file(folder: Path, name: str) -> Iterator[Path]:
 
 
 def commit(temporary: Path, path: Path) -> None:
-    """Make a temporary file durable under its name."""
+    """Make a temporary file durable under its name, readable as other new files are."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    os.chmod(temporary, 0o666 & ~umask)  # safetensors writes files for their owner alone
     with open(temporary, "rb+") as stream:
         os.fsync(stream.fileno())
     os.replace(temporary, path)

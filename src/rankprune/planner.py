@@ -59,6 +59,9 @@ Override = RankRule | LayerConfig | None
 class _ExactRank(FixedRank):
     """A rank that a layer must be able to have."""
 
+    def __repr__(self) -> str:
+        return f"rank {self.rank} by an override"
+
 
 @dataclass(frozen=True)
 class _Settings:
