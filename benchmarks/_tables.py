@@ -188,6 +188,22 @@ def efficientnet() -> str:
     return "\n".join(lines)
 
 
+def reliability(theme: str) -> Callable[[], str]:
+    """Trials of one theme."""
+
+    def table() -> str:
+        rows = json.loads((DOCS.parent / "benchmarks/reliability/results.json").read_text())
+        lines = ["| what | held | of | seconds |", "|---|---|---|---|"]
+        lines += [
+            f"| {row['test']} | {row['held']:,} | {row['tried']:,} | {row['seconds']:,.0f} |"
+            for row in rows
+            if row["theme"] == theme
+        ]
+        return "\n".join(lines)
+
+    return table
+
+
 PAGES = {
     "projection.md": {
         "projection": projection,
@@ -204,6 +220,10 @@ PAGES = {
         "smollm2": by_kept("SmolLM2-135M-Instruct"),
         "minilm": by_kept("all-MiniLM-L6-v2"),
         "efficientnet": efficientnet,
+    },
+    "reliability.md": {
+        theme: reliability(theme)
+        for theme in ("crashes", "resume", "files", "numbers", "long", "concurrency")
     },
 }
 

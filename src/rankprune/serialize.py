@@ -152,14 +152,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         FileError: missing, truncated, or not safetensors.
     """
-    with reporting(path, "read"):
-        if not path.is_file():
-            raise FileError(f"{path}: no such file")
-        try:
-            with safe_open(path, framework="pt") as archive:
-                return {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
-        except (SafetensorError, ValueError, RuntimeError) as error:
-            raise FileError(f"{path}: not a complete safetensors file: {error}") from None
+    return _read_archive(path)[0]
 
 
 # -- inside --------------------------------------------------------------------------------------
@@ -212,6 +205,19 @@ def _check_seal(path: Path, content: bytes, document: dict[str, Any]) -> None:
             f"{path}: damaged or changed since it was saved: its sha256 is not the {digest[:12]}… "
             "that it says; get a fresh copy, or save the model anew"
         )
+
+
+def _read_archive(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file."""
+    with reporting(path, "read"):
+        if not path.is_file():
+            raise FileError(f"{path}: no such file")
+        try:
+            with safe_open(path, framework="pt") as archive:
+                tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
+                return tensors, archive.metadata() or {}
+        except (SafetensorError, ValueError, RuntimeError) as error:
+            raise FileError(f"{path}: not a complete safetensors file: {error}") from None
 
 
 def _read_document(folder: Path) -> tuple[Plan, dict[str, Any]]:
@@ -270,7 +276,8 @@ def _read_weights(path: Path, expected: str) -> tuple[dict[str, Tensor], dict[st
             f"{path}: damaged or changed: its sha256 is {digest[:12]}…, the plan says "
             f"{expected[:12]}…; get a fresh copy"
         )
-    return read_tensors(path), _read_aliases(path)
+    tensors, metadata = _read_archive(path)
+    return tensors, _aliases(path, metadata)
 
 
 def _is_own(path: Path) -> bool:
@@ -282,12 +289,10 @@ def _is_own(path: Path) -> bool:
         return False
 
 
-def _read_aliases(path: Path) -> dict[str, str]:
+def _aliases(path: Path, metadata: Mapping[str, str]) -> dict[str, str]:
     """Names that share another name's tensor, out of the weights' header."""
-    with reporting(path, "read"), safe_open(path, framework="pt") as archive:
-        text = (archive.metadata() or {}).get(_ALIASES, "{}")
     try:
-        aliases = json.loads(text)
+        aliases = json.loads(metadata.get(_ALIASES, "{}"))
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: {_ALIASES} are not valid JSON: {error}") from None
     if not isinstance(aliases, dict) or not all(isinstance(v, str) for v in aliases.values()):
