@@ -219,6 +219,7 @@ def test_exploits_in_yaml(tmp_path: Path, trials: Trials) -> None:
         "data: !!python/tuple [1]",
         "data: !own x",
         "1: x",
+        "?",
         "[a]: x",
         "dta: fake",
         "lr: .inf",

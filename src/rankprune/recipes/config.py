@@ -227,9 +227,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(document, dict):
         raise FileError(f"{path}: expected a mapping of options, got {type(document).__name__}")
-    strange = next((key for key in document if not isinstance(key, str)), None)
-    if strange is not None:
-        raise FileError(f"{path}: option {reprlib.repr(strange)} is not a name")
+    strange = [key for key in document if not isinstance(key, str)]
+    if strange:
+        raise FileError(f"{path}: option {reprlib.repr(strange[0])} is not a name")
     return document
 
 
