@@ -31,6 +31,7 @@ from rankprune import (
     Energy,
     FixedRank,
     LayerConfig,
+    LayerError,
     LayerSpec,
     NumericsError,
     Plan,
@@ -444,6 +445,13 @@ def test_a_model_without_layers_says_why(model: nn.Module, complaint: str) -> No
     with pytest.raises(ConfigError, match="no layer that can be factorised") as caught:
         make_plan(model, Ratio(0.5))
     assert complaint in str(caught.value)
+
+
+def test_weights_on_the_meta_device_have_no_spectrum() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(32, 32))
+    with pytest.raises(LayerError, match="layer '0': its weight is on the meta device"):
+        make_plan(model, Energy(0.9))
 
 
 @pytest.mark.parametrize("rank", [0.5, 4, "energy", None, Energy])

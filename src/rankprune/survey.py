@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from rankprune.errors import naming
+from rankprune.errors import LayerError, naming
 from rankprune.layers import LayerSpec
 from rankprune.linalg import check_finite, singular_values
 from rankprune.profile import Profile, factor_flops
@@ -90,10 +90,15 @@ class Site:
 
         Raises:
             NumericsError: the weight holds NaN or infinity, or cannot be decomposed.
-            LayerError: the moments are those of another layer.
+            LayerError: the moments are those of another layer, or the weight is on the meta device.
         """
         assert self.spec is not None
         weight = self.weight
+        if weight.is_meta:
+            raise LayerError(
+                f"layer {self.name!r}: its weight is on the meta device, which holds no values to "
+                "choose a rank by; load the weights first, or stream them (integrations.streaming)"
+            )
         with naming(self.name):
             if self.moment is not None:
                 whitened = Whitened(self.spec, scheme, weight, self.moment, self.name)
