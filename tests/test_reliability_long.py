@@ -113,8 +113,8 @@ def _free_port() -> int:
 
 
 def test_replicas(tmp_path: Path, trials: Trials) -> None:
-    """2,000 steps in two processes: weights and plan are the same bits, at eleven moments."""
-    steps = 2000 if trials.full else 200
+    """10,000 steps in two processes: weights and plan are the same bits, at eleven moments."""
+    steps = 10_000 if trials.full else 200
     mp.spawn(_replica, (_free_port(), steps, str(tmp_path)), nprocs=2)
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert one["plan"] == other["plan"]
