@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 import rankprune as rp
 from rankprune.recipes.config import make_config, to_yaml
 from rankprune.recipes.models import build_model
+from runs import records
 
 RUN = [
     "train",
@@ -351,13 +352,6 @@ def _kill_once_it_saves(command: list[str], out: Path, env: dict[str, str]) -> N
     assert not (out / "report.json").exists()
 
 
-def _records(run: Path) -> list[dict[str, Any]]:
-    """A run's metrics, without those of the clock."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    clock = {"seconds", "images_per_second"}
-    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
-
-
 @pytest.mark.slow
 def test_two_processes_train_one_network_and_resume(tmp_path: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -370,7 +364,7 @@ def test_two_processes_train_one_network_and_resume(tmp_path: Path) -> None:
     assert document == json.loads((straight / "report.json").read_text())
     # two processes in one job, which share every batch: 7 batches of 64 are seen once, not twice
     assert document["environment"]["processes"] == 2
-    assert [record["images"] for record in _records(straight)] == [7 * 64] * 2
+    assert [record["images"] for record in records(straight)] == [7 * 64] * 2
     # the saved statistics are those that were evaluated
     measured = json.loads(cli("eval", straight / "compact", "--data", "fake", "--json").stdout)
     assert measured["accuracy"] == document["compact"]["accuracy"]
@@ -380,7 +374,7 @@ def test_two_processes_train_one_network_and_resume(tmp_path: Path) -> None:
     subprocess.run([*command, "--resume", "auto"], check=True, capture_output=True, env=env)
     before, after = _weights(straight), _weights(resumed)
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert _records(straight) == _records(resumed)
+    assert records(straight) == records(resumed)
 
 
 def _write_jpegs(root: Path) -> Path:
@@ -417,8 +411,8 @@ def test_three_processes_stream_a_folder_and_resume(tmp_path: Path) -> None:
 
     before, after = _weights(straight), _weights(resumed)
     assert all(torch.equal(before[key], after[key]) for key in before)
-    records, report = _records(straight), json.loads((straight / "report.json").read_text())
-    assert records == _records(resumed)
+    records, report = records(straight), json.loads((straight / "report.json").read_text())
+    assert records == records(resumed)
     assert report == json.loads((resumed / "report.json").read_text())
     assert [record["lr"] for record in records] == [0.01] * 2
     assert all(record["val_accuracy"] <= record["val_top5"] <= 1 for record in records)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import rankprune as rp
 from cases import mlp
 from conftest import Trials
 from rankprune.latency import LatencyTable, Request
+from runs import exit_code, in_child
 
 pytestmark = [
     pytest.mark.slow,
@@ -27,25 +27,11 @@ pytestmark = [
 
 
 def _start(*calls: Callable[[], Any]) -> list[int]:
-    children = []
-    for call in calls:
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                call()
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        children.append(child)
-    return children
+    return [in_child(call) for call in calls]
 
 
 def _end(children: list[int]) -> None:
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0] * len(children)
+    assert [exit_code(child) for child in children] == [0] * len(children)
 
 
 def _models() -> list[nn.Module]:
@@ -124,7 +110,7 @@ def test_first_writers(tmp_path: Path, trials: Trials) -> None:
         with trials.one():
             children = _start(*(lambda model=model: write(model) for model in models))  # type: ignore[misc]
             start.touch()
-            codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+            codes = [exit_code(child) for child in children]
             assert sorted(codes) == [0, 3]
             assert _which(folder, states) == codes.index(0)
 

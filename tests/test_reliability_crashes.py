@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from rankprune.files import is_temporary
 from rankprune.recipes.checkpoint import read_checkpoint, write_checkpoint
 from rankprune.recipes.config import TrainConfig
 from rankprune.recipes.run import load, preview, run
+from runs import exit_code, in_child, records
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,30 +37,13 @@ pytestmark = [
 ]
 
 
-def _in_child(call: Callable[[], Any]) -> int:
-    """Start a call in a process of its own, which exits with 1 if it raises."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        call()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
 def _killed(child: int, after: float) -> bool:
     """Send SIGKILL after so many seconds; False if it had ended by itself, as it should."""
     time.sleep(after)
     os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return True
-    assert os.waitstatus_to_exitcode(status) == 0
-    return False
+    code = exit_code(child)
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
 
 
 def _temporaries(folder: Path) -> list[Path]:
@@ -90,7 +73,7 @@ def test_save(tmp_path: Path, trials: Trials) -> None:
     chance, left_behind = random.Random(0), 0
     for _ in trials.count(100, 20):
         with trials.one():
-            assert _killed(_in_child(save_by_turns), chance.uniform(0, 0.05))
+            assert _killed(in_child(save_by_turns), chance.uniform(0, 0.05))
             left_behind += bool(_temporaries(tmp_path))
             state = rp.load(mlp(), tmp_path).state_dict()
             assert any(_same(state, saved) for saved in states)
@@ -114,7 +97,7 @@ def test_checkpoint(tmp_path: Path, trials: Trials) -> None:
         with trials.one():
             write_checkpoint(path, {"step": 0, "weights": torch.zeros(200_000)})
             done.write_text("0")
-            assert _killed(_in_child(write_many), chance.uniform(0, 0.05))
+            assert _killed(in_child(write_many), chance.uniform(0, 0.05))
             state = read_checkpoint(path)
             assert (state["weights"] == state["step"]).all()
             finished = int(done.read_text() or -1)  # killed while it was written
@@ -138,11 +121,8 @@ OPTIONS: dict[str, Any] = {
 
 
 def _result(folder: Path, builder: Callable[[], torch.nn.Module]) -> tuple[Any, ...]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    clock = {"seconds", "images_per_second"}
-    records = [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
     report = json.loads((folder / "report.json").read_text())
-    return rp.load(builder(), folder / "compact").state_dict(), records, report
+    return rp.load(builder(), folder / "compact").state_dict(), records(folder), report
 
 
 def test_training(tmp_path: Path, trials: Trials) -> None:
@@ -155,17 +135,17 @@ def test_training(tmp_path: Path, trials: Trials) -> None:
         return build_model("digits_cnn", classes=10, channels=3)
 
     begin = time.monotonic()
-    child = _in_child(lambda: run(config, tmp_path / "straight"))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    child = in_child(lambda: run(config, tmp_path / "straight"))
+    assert exit_code(child) == 0
     seconds = time.monotonic() - begin
-    state, records, report = _result(tmp_path / "straight", builder)
+    state, metrics, report = _result(tmp_path / "straight", builder)
 
     chance, wanted = random.Random(2), len(trials.count(100, 6))
     kills = finished = 0
     while kills < wanted or not finished:
         folder = tmp_path / f"run{finished}"
         with trials.one():
-            child = _in_child(lambda folder=folder: run(config, folder, resume=True))  # type: ignore[misc]
+            child = in_child(lambda folder=folder: run(config, folder, resume=True))  # type: ignore[misc]
             # the end as well: a run of many kills makes little way in each of its lives
             share = 0.25 if kills < wanted else 3
             if _killed(child, seconds * chance.uniform(0, share)):
@@ -173,7 +153,7 @@ def test_training(tmp_path: Path, trials: Trials) -> None:
                 continue
             found, told, summary = _result(folder, builder)
             assert _same(found, state)
-            assert told == records
+            assert told == metrics
             assert summary == report
             assert not _temporaries(folder)
             finished += 1
@@ -199,13 +179,12 @@ def test_signals(number: signal.Signals, tmp_path: Path, trials: Trials) -> None
     for attempt in trials.count(10, 2):
         out = tmp_path / str(attempt)
         with trials.one():
-            child = _in_child(lambda out=out: train(out))  # type: ignore[misc]
+            child = in_child(lambda out=out: train(out))  # type: ignore[misc]
             _wait_for_epoch(out, child)
             time.sleep(chance.uniform(0, 0.5))
             before = read_checkpoint(out / "checkpoint.pt")["step"]
             os.kill(child, number)
-            _, status = os.waitpid(child, 0)
-            assert os.waitstatus_to_exitcode(status) == 128 + number
+            assert exit_code(child) == 128 + number
             assert read_checkpoint(out / "checkpoint.pt")["step"] >= before
             assert not _temporaries(out)
 
@@ -281,8 +260,8 @@ def test_file_size_limit(tmp_path: Path, trials: Trials) -> None:
 
     for attempt in trials.count(50, 10):
         with trials.one():
-            child = _in_child(lambda limit=attempt * 18_000: fail(limit))  # type: ignore[misc]
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            child = in_child(lambda limit=attempt * 18_000: fail(limit))  # type: ignore[misc]
+            assert exit_code(child) == 0
             assert _same(rp.load(mlp(), tmp_path / "model").state_dict(), state)
             assert read_checkpoint(tmp_path / "checkpoint.pt") == {"step": 0}
             assert not _temporaries(tmp_path)
@@ -314,6 +293,6 @@ def test_read_only(tmp_path: Path, trials: Trials) -> None:
     ]
     for call in calls:
         with trials.one():
-            child = _in_child(lambda call=call: denied(call))  # type: ignore[misc]
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            child = in_child(lambda call=call: denied(call))  # type: ignore[misc]
+            assert exit_code(child) == 0
             assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

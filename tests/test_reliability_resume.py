@@ -22,6 +22,7 @@ from conftest import Trials
 from rankprune.recipes.config import TrainConfig
 from rankprune.recipes.run import load, run
 from rankprune.recipes.train import Progress
+from runs import records
 from test_integrations_resume import HFModel, fresh_accelerate, transformers
 
 __all__ = ["fresh_accelerate"]
@@ -207,11 +208,8 @@ class StopAt(Progress):
 
 
 def _result(folder: Path) -> tuple[Any, ...]:
-    clock = {"seconds", "images_per_second"}
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    records = [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
     checkpoint = torch.load(folder / "final.pt", weights_only=True)
-    return records, json.loads((folder / "report.json").read_text()), checkpoint
+    return records(folder), json.loads((folder / "report.json").read_text()), checkpoint
 
 
 def _trained(config: TrainConfig, folder: Path, **how: Any) -> None:
