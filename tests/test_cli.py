@@ -411,11 +411,11 @@ def test_three_processes_stream_a_folder_and_resume(tmp_path: Path) -> None:
 
     before, after = _weights(straight), _weights(resumed)
     assert all(torch.equal(before[key], after[key]) for key in before)
-    records, report = records(straight), json.loads((straight / "report.json").read_text())
-    assert records == records(resumed)
+    metrics, report = records(straight), json.loads((straight / "report.json").read_text())
+    assert metrics == records(resumed)
     assert report == json.loads((resumed / "report.json").read_text())
-    assert [record["lr"] for record in records] == [0.01] * 2
-    assert all(record["val_accuracy"] <= record["val_top5"] <= 1 for record in records)
+    assert [record["lr"] for record in metrics] == [0.01] * 2
+    assert all(record["val_accuracy"] <= record["val_top5"] <= 1 for record in metrics)
     # 42 images over three processes are those that one process counts
     for kind, weights in (("compact", straight / "compact"), ("dense", tmp_path / "dense.pt")):
         measured = json.loads(cli("eval", weights, "--model", name, *data, "--json").stdout)
