@@ -188,6 +188,10 @@ def efficientnet() -> str:
     return "\n".join(lines)
 
 
+def _note(row: dict[str, Any]) -> str:
+    return f" ({row['note']})" if "note" in row else ""
+
+
 def reliability(theme: str) -> Callable[[], str]:
     """Trials of one theme."""
 
@@ -195,7 +199,7 @@ def reliability(theme: str) -> Callable[[], str]:
         rows = json.loads((DOCS.parent / "benchmarks/reliability/results.json").read_text())
         lines = ["| what | held | of | seconds |", "|---|---|---|---|"]
         lines += [
-            f"| {row['test']} | {row['held']:,} | {row['tried']:,} | {row['seconds']:,.0f} |"
+            f"| {row['test']}{_note(row)} | {row['held']:,} | {row['tried']:,} | {row['seconds']:,.0f} |"
             for row in rows
             if row["theme"] == theme
         ]

@@ -36,11 +36,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 class Trials:
-    """Attempts at something, counted; those that raise are not held."""
+    """Attempts at something, counted; those that raise are not held.
+
+    Attributes:
+        note: a further figure, for the docs.
+    """
 
     def __init__(self, full: bool) -> None:
         self.full = full
         self.tried = self.held = 0
+        self.note = ""
 
     def count(self, full: int, quick: int) -> range:
         """As many as asked for: all with --full, fewer in the ordinary slow tests."""
@@ -63,4 +68,5 @@ def trials(request: pytest.FixtureRequest) -> Iterator[Trials]:
         ("title", title),
         ("tried", found.tried),
         ("held", found.held),
+        ("note", found.note),
     ]

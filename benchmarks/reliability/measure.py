@@ -40,6 +40,8 @@ def measured(log: Path) -> dict[str, dict[str, Any]]:
         row["tried"] += int(found["tried"])
         row["held"] += int(found["held"])
         row["seconds"] = round(row["seconds"] + float(case.get("time", 0)), 1)
+        if found["note"]:
+            row["note"] = found["note"]
     return rows
 
 
