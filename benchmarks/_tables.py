@@ -199,7 +199,8 @@ def reliability(theme: str) -> Callable[[], str]:
         rows = json.loads((DOCS.parent / "benchmarks/reliability/results.json").read_text())
         lines = ["| what | held | of | seconds |", "|---|---|---|---|"]
         lines += [
-            f"| {row['test']}{_note(row)} | {row['held']:,} | {row['tried']:,} | {row['seconds']:,.0f} |"
+            f"| {row['test']}{_note(row)} "
+            f"| {row['held']:,} | {row['tried']:,} | {row['seconds']:,.0f} |"
             for row in rows
             if row["theme"] == theme
         ]
