@@ -201,6 +201,20 @@ def test_bounded_memory() -> None:
     assert moment.count == 500
 
 
+def test_precisions_mix() -> None:
+    """Inputs that fp32 cannot square come in fp64, before or after others, few or many."""
+    x = torch.randn(1, 40, 8, dtype=torch.float64)
+    x[:, :10] *= 1e-25
+    expected = x.mT @ x / 40
+    for sizes in ([10, 30], [3, 7, 30], [10, 3, 27], [10, 2, 2, 26]):
+        for parts in (x.split(sizes, 1), x.flip(1).split(sizes[::-1], 1)):
+            moment = Moment(1, 8)
+            for part in parts:
+                small = part.abs().max() < 1e-12
+                moment.update(part if small else part.float())
+            torch.testing.assert_close(moment.mean(), expected, rtol=1e-5, atol=1e-7)
+
+
 def test_refusals() -> None:
     spec = LayerSpec.of(nn.Linear(8, 6))
     assert spec is not None

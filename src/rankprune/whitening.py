@@ -80,7 +80,7 @@ class Moment:
         if self._gram is None:
             self._gram = rows.values.new_zeros(self.groups, self.features, self.features)
             for kept in self._rows:
-                self._gram.baddbmm_(kept.mT, kept)
+                self._gram = self._gram + kept.mT @ kept
             self._rows = []
         if rows.gram.dtype == torch.float64:
             self._gram = self._gram.double()

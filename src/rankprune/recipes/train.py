@@ -139,7 +139,7 @@ class _Run:
         )
         self.steps = check_batch(data, config.batch_size, self.accelerator.num_processes)
         self.total = self.steps * config.epochs
-        if folder is not None and self.accelerator.is_main_process:
+        if folder is not None and folder.is_dir() and self.accelerator.is_main_process:
             remove_stale(folder)
         checkpoint = self._checkpoint(model)
         if checkpoint is not None:
