@@ -92,7 +92,7 @@ def _plain(folder: Path, first: int, state: Any) -> tuple[Any, list[float], dict
 
 
 def test_plain(tmp_path: Path, trials: Trials) -> None:
-    """Plain torch: weights, optimizer, losses and plan, from every 5th of 60 steps."""
+    """Plain torch, by state dicts: resumed from every 5th of 60 steps."""
     end, losses, states = _plain(tmp_path, 0, None)
     assert end[2].factorized
     for stop in _stops(trials):
@@ -133,7 +133,7 @@ def _accelerate(folder: Path, first: int, save: bool) -> tuple[Any, list[float]]
 
 
 def test_accelerate(tmp_path: Path, trials: Trials) -> None:
-    """Accelerate, by its save_state: the same."""
+    """Accelerate, by its save_state: resumed from every 5th of 60 steps."""
     end, losses = _accelerate(tmp_path, 0, save=True)
     assert end[2].factorized
     for stop in _stops(trials):
@@ -145,7 +145,7 @@ def test_accelerate(tmp_path: Path, trials: Trials) -> None:
 
 
 def test_lightning(tmp_path: Path, trials: Trials) -> None:
-    """Lightning, by its checkpoints: the same."""
+    """Lightning, by its checkpoints: resumed from every 5th of 60 steps."""
     trainer, whole, callback = frameworks._lightning(OPTIONS, tmp_path, keep=True, steps=STEPS)
     assert callback.plan is not None
     assert callback.plan.factorized
@@ -172,7 +172,7 @@ class Witness(transformers.TrainerCallback):
 
 
 def test_transformers(tmp_path: Path, trials: Trials) -> None:
-    """Hugging Face's Trainer, by its checkpoints: the same."""
+    """Hugging Face's Trainer, by its checkpoints: resumed from every 5th of 60 steps."""
     witness = Witness()
     whole, callback = frameworks._transformers(OPTIONS, tmp_path, save=True, more=[witness])
     assert callback.plan is not None
@@ -223,7 +223,7 @@ def _trained(config: TrainConfig, folder: Path, **how: Any) -> None:
 
 
 def test_command(tmp_path: Path, trials: Trials) -> None:
-    """`rankprune train`, stopped at every 5th of 60 steps, resumed with other workers: the same."""
+    """`rankprune train`: stopped at every 5th of 60 steps, resumed with other workers."""
     options = TrainConfig(
         data="fake",
         model="digits_cnn",
