@@ -283,7 +283,7 @@ def test_truncation(readers: dict[Path, Callable[[], Any]], trials: Trials) -> N
 
 
 def test_flipped_bits(readers: dict[Path, Callable[[], Any]], trials: Trials) -> None:
-    """1,000 single bits flipped in weights, plan and checkpoint each: an error that names the file."""
+    """1,000 bits flipped in weights, plan and checkpoint each: an error that names the file."""
     chance = random.Random(0)
     for path, read in readers.items():
         content = path.read_bytes()
@@ -457,7 +457,7 @@ def test_fuzzed_plans(saved: Path, trials: Trials) -> None:
 
 
 def test_fuzzed_options(tmp_path: Path, trials: Trials) -> None:
-    """Configurations, rank rules and latencies, 50,000 fuzzed: read, or refused with an error of ours."""
+    """Configurations, rules and latencies, 50,000 fuzzed: read, or refused with our error."""
     path = tmp_path / "options.yaml"
     options = {"data": "fake", "model": "digits_cnn", "flops": 0.5}
     names = st.sampled_from(
