@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 import traceback
+import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
+
+_WORLD = 2
 
 
 def in_child(call: Callable[[], Any]) -> int:
@@ -28,6 +37,61 @@ def in_child(call: Callable[[], Any]) -> int:
 def exit_code(child: int) -> int:
     """Wait for a forked process; negative where a signal has ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def wait_for(path: Path, alive: Callable[[], bool]) -> None:
+    """Until a file is there, which a process writes that must live till then."""
+    deadline = time.monotonic() + 240
+    while not path.exists():
+        assert alive(), "the run ended before it could be disturbed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def torchrun(processes: int, *args: object, out: Path, restarts: int = 0) -> list[str]:
+    """The command of a run of several processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+    command += ["-m", "rankprune.cli", *map(str, args)]
+    return [*command, "--out", str(out), "--json"]
+
+
+def _start(
+    rank: int, folder: str, worker: Callable[[int], Any], seconds: int, args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=_WORLD,
+        timeout=timedelta(seconds=seconds),
+    )
+    try:
+        torch.save(worker(rank, *args), f"{folder}/{rank}.pt")
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def in_two_processes(
+    folder: Path, worker: Callable[..., Any], *args: Any, seconds: int = 60
+) -> list[Any]:
+    """What a top-level function returns in each of two processes."""
+    torch.multiprocessing.spawn(_start, (str(folder), worker, seconds, args), nprocs=_WORLD)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(_WORLD)]
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Whether two nested states agree to the bit."""
+    if isinstance(one, Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
 
 
 def records(run: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from safetensors.torch import load_file
 import rankprune as rp
 from rankprune.recipes.config import make_config, to_yaml
 from rankprune.recipes.models import build_model
-from runs import records
+from runs import records, torchrun, wait_for
 
 RUN = [
     "train",
@@ -143,14 +142,6 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "compact" / "model.safetensors")
 
 
-def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_killed_run_resumes_to_the_same_bits(
@@ -161,7 +152,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     command += ["--checkpoint-every", "3"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env=env)
-    _wait_for(out / "checkpoint.pt", process)
+    wait_for(out / "checkpoint.pt", lambda: process.poll() is None)
     process.send_signal(number)
     process.communicate(timeout=60)
     expected = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -330,17 +321,11 @@ def test_force_replaces_a_run_and_nothing_else(tmp_path: Path) -> None:
     assert (tmp_path / "notes.txt").read_text() == "kept"
 
 
-def _torchrun(processes: int, *args: object, out: Path) -> list[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", "-m", "rankprune.cli", *map(str, args)]
-    return [*command, "--out", str(out), "--json"]
-
-
 def _kill_once_it_saves(command: list[str], out: Path, env: dict[str, str]) -> None:
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env
     )
-    _wait_for(out / "checkpoint.pt", process)
+    wait_for(out / "checkpoint.pt", lambda: process.poll() is None)
     # torchrun's workers are in sessions of their own: they have to be killed one by one
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     assert len(family) >= 3
@@ -357,7 +342,7 @@ def test_two_processes_train_one_network_and_resume(tmp_path: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     args = [*RUN, "--epochs", 2, "--checkpoint-every", 3]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    command = _torchrun(2, *args, out=straight)
+    command = torchrun(2, *args, out=straight)
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -369,7 +354,7 @@ def test_two_processes_train_one_network_and_resume(tmp_path: Path) -> None:
     measured = json.loads(cli("eval", straight / "compact", "--data", "fake", "--json").stdout)
     assert measured["accuracy"] == document["compact"]["accuracy"]
 
-    command = _torchrun(2, *args, out=resumed)
+    command = torchrun(2, *args, out=resumed)
     _kill_once_it_saves(command, resumed, env)
     subprocess.run([*command, "--resume", "auto"], check=True, capture_output=True, env=env)
     before, after = _weights(straight), _weights(resumed)
@@ -404,8 +389,8 @@ def test_three_processes_stream_a_folder_and_resume(tmp_path: Path) -> None:
     args += ["--epochs", 2, "--batch-size", 24, "--val-fraction", 0.2, "--checkpoint-every", 2]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     # from three on, the order in which processes add their gradients up changes the last bits
-    subprocess.run(_torchrun(3, *args, out=straight), check=True, capture_output=True, env=env)
-    command = _torchrun(3, *args, "--workers", 1, out=resumed)
+    subprocess.run(torchrun(3, *args, out=straight), check=True, capture_output=True, env=env)
+    command = torchrun(3, *args, "--workers", 1, out=resumed)
     _kill_once_it_saves(command, resumed, env)
     subprocess.run([*command, "--resume", "auto"], check=True, capture_output=True, env=env)
 

@@ -16,7 +16,7 @@ import rankprune as rp
 from cases import mlp
 from conftest import Trials
 from rankprune.latency import LatencyTable, Request
-from runs import exit_code, in_child
+from runs import equal, exit_code, in_child
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,12 +45,7 @@ def _models() -> list[nn.Module]:
 def _which(folder: Path, states: list[dict[str, torch.Tensor]]) -> int:
     """Which of the models loads; all of it must be that model's."""
     state = rp.load(mlp(), folder).state_dict()
-    (found,) = [
-        index
-        for index, other in enumerate(states)
-        if state.keys() == other.keys()
-        and all(torch.equal(state[key], other[key]) for key in state)
-    ]
+    (found,) = [index for index, other in enumerate(states) if equal(state, other)]
     return found
 
 

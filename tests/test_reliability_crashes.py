@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -17,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import rankprune as rp
 from cases import mlp
@@ -26,7 +26,7 @@ from rankprune.files import is_temporary
 from rankprune.recipes.checkpoint import read_checkpoint, write_checkpoint
 from rankprune.recipes.config import TrainConfig
 from rankprune.recipes.run import load, preview, run
-from runs import exit_code, in_child, records
+from runs import equal, exit_code, in_child, records, wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -48,10 +48,6 @@ def _killed(child: int, after: float) -> bool:
 
 def _temporaries(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if is_temporary(path)]
-
-
-def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def _model(share: float) -> torch.nn.Module:
@@ -76,9 +72,9 @@ def test_save(tmp_path: Path, trials: Trials) -> None:
             assert _killed(in_child(save_by_turns), chance.uniform(0, 0.05))
             left_behind += bool(_temporaries(tmp_path))
             state = rp.load(mlp(), tmp_path).state_dict()
-            assert any(_same(state, saved) for saved in states)
+            assert any(equal(state, saved) for saved in states)
             rp.save(models[0], tmp_path, overwrite=True)
-            assert _same(rp.load(mlp(), tmp_path).state_dict(), states[0])
+            assert equal(rp.load(mlp(), tmp_path).state_dict(), states[0])
             assert len(list(tmp_path.iterdir())) == 2
     assert left_behind, "no kill has hit a save that was writing"
 
@@ -152,7 +148,7 @@ def test_training(tmp_path: Path, trials: Trials) -> None:
                 kills += 1
                 continue
             found, told, summary = _result(folder, builder)
-            assert _same(found, state)
+            assert equal(found, state)
             assert told == metrics
             assert summary == report
             assert not _temporaries(folder)
@@ -180,21 +176,14 @@ def test_signals(number: signal.Signals, tmp_path: Path, trials: Trials) -> None
         out = tmp_path / str(attempt)
         with trials.one():
             child = in_child(lambda out=out: train(out))  # type: ignore[misc]
-            _wait_for_epoch(out, child)
+            alive = functools.partial(os.waitpid, child, os.WNOHANG)
+            wait_for(out / "checkpoint.pt", lambda alive=alive: alive() == (0, 0))  # type: ignore[misc]
             time.sleep(chance.uniform(0, 0.5))
             before = read_checkpoint(out / "checkpoint.pt")["step"]
             os.kill(child, number)
             assert exit_code(child) == 128 + number
             assert read_checkpoint(out / "checkpoint.pt")["step"] >= before
             assert not _temporaries(out)
-
-
-def _wait_for_epoch(out: Path, child: int) -> None:
-    deadline = time.monotonic() + 120
-    while not (out / "checkpoint.pt").exists():
-        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run has ended"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # -- disks -----------------------------------------------------------------------------------------
@@ -228,7 +217,7 @@ def test_full_disk(tmp_path: Path, trials: Trials) -> None:
             with trials.one():
                 with pytest.raises(rp.FileError, match=r"disk.*No space left on device"):
                     rp.save(large, folder, overwrite=True)
-                assert _same(rp.load(mlp(), folder).state_dict(), state)
+                assert equal(rp.load(mlp(), folder).state_dict(), state)
                 assert not _temporaries(folder)
             with trials.one():
                 with pytest.raises(rp.FileError, match=r"checkpoint\.pt.*No space left on device"):
@@ -262,7 +251,7 @@ def test_file_size_limit(tmp_path: Path, trials: Trials) -> None:
         with trials.one():
             child = in_child(lambda limit=attempt * 18_000: fail(limit))  # type: ignore[misc]
             assert exit_code(child) == 0
-            assert _same(rp.load(mlp(), tmp_path / "model").state_dict(), state)
+            assert equal(rp.load(mlp(), tmp_path / "model").state_dict(), state)
             assert read_checkpoint(tmp_path / "checkpoint.pt") == {"step": 0}
             assert not _temporaries(tmp_path)
 

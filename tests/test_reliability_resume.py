@@ -22,7 +22,7 @@ from conftest import Trials
 from rankprune.recipes.config import TrainConfig
 from rankprune.recipes.run import load, run
 from rankprune.recipes.train import Progress
-from runs import records
+from runs import equal, records
 from test_integrations_resume import HFModel, fresh_accelerate, transformers
 
 __all__ = ["fresh_accelerate"]
@@ -40,17 +40,6 @@ def sixty(monkeypatch: pytest.MonkeyPatch) -> None:
 def _stops(trials: Trials) -> list[int]:
     stops = range(0, STEPS, SPACING)
     return list(stops) if trials.full else [15, 35, 55]
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Whether two nested states agree to the bit."""
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    return bool(one == other)
 
 
 def _copy(state: Any, folder: Path) -> Any:
@@ -98,7 +87,7 @@ def test_plain(tmp_path: Path, trials: Trials) -> None:
     for stop in _stops(trials):
         with trials.one():
             found, tail, _ = _plain(tmp_path, stop, states[stop])
-            assert _equal(found, end), stop
+            assert equal(found, end), stop
             assert tail == losses[stop:]
 
 
@@ -140,7 +129,7 @@ def test_accelerate(tmp_path: Path, trials: Trials) -> None:
         with trials.one():
             torch.manual_seed(0)
             found, tail = _accelerate(tmp_path, stop, save=False)
-            assert _equal(found, end), stop
+            assert equal(found, end), stop
             assert tail == losses[stop:]
 
 
@@ -158,7 +147,7 @@ def test_lightning(tmp_path: Path, trials: Trials) -> None:
                 OPTIONS, tmp_path / "resumed", ckpt_path=path, steps=STEPS
             )
             found = (module.state_dict(), trainer.optimizers[0].state_dict(), resumed.plan)
-            assert _equal(found, end), stop
+            assert equal(found, end), stop
             assert module.losses == whole.losses[stop:]
 
 
@@ -186,7 +175,7 @@ def test_transformers(tmp_path: Path, trials: Trials) -> None:
             model, resumed = frameworks._transformers(
                 OPTIONS, tmp_path, resume=folder, more=[witness]
             )
-            assert _equal((model.state_dict(), witness.optimizer, resumed.plan), end), stop
+            assert equal((model.state_dict(), witness.optimizer, resumed.plan), end), stop
             assert model.losses == whole.losses[stop:]
 
 
@@ -246,7 +235,7 @@ def test_command(tmp_path: Path, trials: Trials) -> None:
                 run(options, folder, StopAt(stop))
             workers = 1 if stop % 2 else 2
             _trained(options.model_copy(update={"workers": workers}), folder, resume=True)
-            assert _equal(_result(folder), end), stop
+            assert equal(_result(folder), end), stop
 
 
 def test_the_phases_are_there() -> None:

@@ -49,6 +49,7 @@ from rankprune import (
 )
 from rankprune.factorize import low_rank_layers
 from rankprune.files import file_sha256
+from runs import equal
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 
@@ -67,11 +68,7 @@ def _fresh(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _states_equal(one: nn.Module, other: nn.Module) -> bool:
-    left, right = one.state_dict(), other.state_dict()
-    return left.keys() == right.keys() and all(
-        value.dtype is right[key].dtype and torch.equal(value, right[key])
-        for key, value in left.items()
-    )
+    return equal(one.state_dict(), other.state_dict())
 
 
 def _listing(folder: Path) -> dict[str, bytes]:

@@ -68,10 +68,11 @@ def naming(*layers: str) -> Iterator[None]:
     try:
         yield
     except NumericsError as error:
-        names = ", ".join(map(repr, layers[:3])) + (", …" if len(layers) > 3 else "")
-        if not names or str(error).startswith("layer "):
+        if not layers or str(error).startswith(("layer ", "one of the layers ")):
             raise
-        raise NumericsError(f"layer {names}: {error}") from error
+        names = ", ".join(map(repr, layers[:3])) + (", …" if len(layers) > 3 else "")
+        subject = "layer" if len(layers) == 1 else "one of the layers"
+        raise NumericsError(f"{subject} {names}: {error}") from error
 
 
 def near(name: str, known: Iterable[str], limit: int = 3) -> str:

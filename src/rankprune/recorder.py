@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.errors import ConfigError, NumericsError
+from rankprune.linalg import in_safe_range
 from rankprune.profile import first_tensor
 from rankprune.survey import Site
 from rankprune.whitening import Moment, Rows, input_patches
@@ -75,18 +75,18 @@ class Recorder:
     def _patches(self, site: Site, inputs: Tensor) -> Tensor:
         assert site.spec is not None
         inputs = self._unmasked(site, inputs)
-        largest = float(torch.linalg.vector_norm(inputs, torch.inf)) if inputs.numel() else 0.0
-        if not math.isfinite(largest):
+        largest = torch.linalg.vector_norm(inputs, torch.inf).double() if inputs.numel() else None
+        if largest is not None and not torch.isfinite(largest):
             raise NumericsError(
                 f"layer {site.name!r} is called with NaN or infinity: look at the batch, and at "
                 "what the layers before it make of it"
             )
         dtype = self.dtype
-        if largest and not 1e-12 < largest < 1e12:
-            dtype = torch.float64  # fp32 does not hold the squares
+        if largest and not in_safe_range(largest.square()):
+            dtype = torch.float64
             if not 1e-140 < largest < 1e140:
                 raise NumericsError(
-                    f"layer {site.name!r} is called with numbers up to {largest:.3g}, whose "
+                    f"layer {site.name!r} is called with numbers up to {largest.item():.3g}, whose "
                     "squares cannot be summed; scale the batch"
                 )
         return input_patches(site.spec, inputs.to(dtype))
