@@ -203,16 +203,19 @@ def test_compress_then_eval(weights: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compress_to_a_time_then_bench_export_and_report(weights: Path, tmp_path: Path) -> None:
+def test_compress_to_a_time_then_bench_export_and_report(tmp_path: Path) -> None:
     out, page, onnx = tmp_path / "compact", tmp_path / "page.html", tmp_path / "model.onnx"
-    source = (weights, "--model", "digits_cnn", "--input-size", "3x32x32")
-    target = ("--latency", "0.95", "--backend", "eager", "--threads", 1, "--batch", 16)
+    # half the time can be had here: a crowded machine does not put the target out of reach
+    name, weights = "torchvision:resnet18", tmp_path / "weights.pt"
+    torch.save(build_model(name, classes=10, channels=3).state_dict(), weights)
+    source = (weights, "--model", name, "--classes", 10, "--input-size", "3x32x32")
+    target = ("--latency", "0.9", "--backend", "eager", "--threads", 1, "--batch", 16)
     done = cli("compress", *source, *target, "--out", out, "--json")
     assert "measuring layer 1 of" in done.stderr
     report = json.loads(done.stdout)
     (entry,) = report["latency"]
     assert (entry["backend"], entry["batch"], entry["threads"]) == ("eager", 16, 1)
-    assert entry["compact_ms"] <= 0.95 * entry["dense_ms"]
+    assert entry["compact_ms"] <= 0.9 * entry["dense_ms"]
     assert rp.read_plan(out).metadata["latency"]["compact_ms"] == entry["compact_ms"]
     assert json.loads(cli("report", out, "--json").stdout) == report
     cli("report", out, "--html", page)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import rankprune as rp
+from rankprune.moments import input_patches
 from rankprune.recorder import sampled_loss
-from rankprune.whitening import input_patches
 
 
 class Mixed(nn.Module):
@@ -62,7 +62,7 @@ def test_inputs_count_by_their_gradients() -> None:
         assert moment.weighted
         assert moment.count == counts[name]
         torch.testing.assert_close(
-            moment.mean() * moment.count, expected[name], rtol=1e-4, atol=1e-6
+            moment.second_moment() * moment.count, expected[name], rtol=1e-4, atol=1e-6
         )
 
 

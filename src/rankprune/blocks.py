@@ -8,7 +8,7 @@ SVD-LLM, arXiv 2403.07378, section 3.3). No more than one block has to be in mem
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,6 @@ from rankprune.factorize import check_plan, factorize
 from rankprune.plan import LayerPlan, Plan
 from rankprune.profile import count_params, evaluating
 from rankprune.recorder import Recorder
-from rankprune.whitening import Moment
 
 
 @dataclass
@@ -57,7 +56,7 @@ class Block:
                 for state in self._calls:
                     recorder.mask = state.mask
                     self._run(state)
-        return Stats(recorder.moments, len(self._calls))
+        return Stats(recorder.moments, len(self._calls), recorder.norms)
 
     def advance(self) -> None:
         """Go on with what the block returns, as it is now."""
@@ -105,21 +104,17 @@ def factorize_blocks(
     check_plan(model, plan.factorized)
     rest = {layer.name: layer for layer in plan.factorized}
     for block in walk(model, batches, blocks):
-        moments = block.calibrate().moments
-        own = {f"{block.name}.{name}": moment for name, moment in moments.items()}
-        _factorize(model, [rest.pop(name) for name in own if name in rest], own)
+        stats = block.calibrate().within(block.name)
+        _factorize(model, [rest.pop(name) for name in stats.moments if name in rest], stats)
         block.advance()
     names = [site.name for site in sites_to_calibrate(model) if site.name in rest]
-    moments = calibrate(model, batches, layers=names).moments if names else {}
-    _factorize(model, rest.values(), moments)
+    _factorize(model, rest.values(), calibrate(model, batches, layers=names) if names else None)
     return model
 
 
-def _factorize(
-    model: nn.Module, layers: Iterable[LayerPlan], moments: Mapping[str, Moment]
-) -> None:
+def _factorize(model: nn.Module, layers: Iterable[LayerPlan], stats: Stats | None) -> None:
     plan = Plan(layers=tuple(layers), dense_params=count_params(model))
-    factorize(model, plan, stats=Stats(moments, 1), inplace=True)
+    factorize(model, plan, stats=stats, inplace=True)
 
 
 def walk(model: nn.Module, batches: Iterable[Any], blocks: str | None = None) -> Iterator[Block]:

@@ -189,7 +189,7 @@ def spend_time(
         raise refusal
     raise BudgetError(
         f"no plan that was measured keeps to latency={bound:.3g}: the fastest takes "
-        f"{fastest:.3f} of the dense network's time on {clock.runtime.backend}",
+        f"{fastest:.4g} of the dense network's time on {clock.runtime.backend}",
         {"latency": fastest},
     )
 

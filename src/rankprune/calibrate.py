@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,10 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from rankprune.errors import ConfigError, RankPruneError, near
+from rankprune.moments import Moment
 from rankprune.profile import call, evaluating
 from rankprune.recorder import Recorder, SensitivityRecorder, sampled_loss
 from rankprune.survey import Site, survey
-from rankprune.whitening import Moment
 
 _ABOUT_BATCHES = (
     "a batch is what the model is called with: a tensor, a tuple of positional or a mapping of "
@@ -32,15 +32,23 @@ _ABOUT_BATCHES = (
 
 @dataclass(frozen=True)
 class Stats:
-    """Second moments of layers' inputs, from `calibrate`.
+    """Moments of layers' inputs, from `calibrate`.
 
     Attributes:
         moments: by layer name.
         batches: how many batches they are from.
+        norms: the BatchNorm that a layer's output goes to, by layer name.
     """
 
     moments: Mapping[str, Moment]
     batches: int
+    norms: Mapping[str, str] = field(default_factory=dict)
+
+    def within(self, prefix: str) -> Stats:
+        """The same for a model that holds the present one under a name."""
+        moments = {f"{prefix}.{name}": moment for name, moment in self.moments.items()}
+        norms = {f"{prefix}.{name}": f"{prefix}.{norm}" for name, norm in self.norms.items()}
+        return Stats(moments, self.batches, norms)
 
     def __str__(self) -> str:
         return f"inputs of {len(self.moments)} layers over {self.batches} batches"
@@ -110,7 +118,7 @@ def calibrate(
                 progress(done)
     if not done:
         raise ConfigError(f"no batches to calibrate with; {_ABOUT_BATCHES}")
-    return Stats(recorder.moments, done)
+    return Stats(recorder.moments, done, recorder.norms)
 
 
 @torch.no_grad()
@@ -163,24 +171,26 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     return model
 
 
-def check_stats(model: nn.Module, stats: Stats | None) -> Mapping[str, Moment]:
-    """The moments by layer name, empty without stats.
+def check_stats(model: nn.Module, stats: Stats | None) -> Stats:
+    """The stats, or empty ones.
 
     Raises:
         ConfigError: they are no `Stats`, or those of another model.
     """
     if stats is None:
-        return {}
+        return Stats({}, 0)
     if not isinstance(stats, Stats):
         raise ConfigError(f"stats must come from calibrate, got {type(stats).__name__}")
     names = {name for name, _ in model.named_modules()}
-    strange = next((name for name in stats.moments if name not in names), None)
+    strange = next(
+        (name for name in [*stats.moments, *stats.norms.values()] if name not in names), None
+    )
     if strange is not None:
         raise ConfigError(
             f"stats are of another model: they have a layer {strange!r}; {near(strange, names)}; "
             "calibrate this model"
         )
-    return stats.moments
+    return stats
 
 
 def moved(batches: Iterable[Any], model: nn.Module) -> Iterator[Any]:

@@ -16,11 +16,12 @@ from rankprune.calibrate import Stats, check_stats
 from rankprune.errors import NumericsError, PlanError, naming, near
 from rankprune.layers import LayerSpec
 from rankprune.linalg import Decomposition, check_finite
+from rankprune.moments import Moment
 from rankprune.plan import LayerPlan, Plan
 from rankprune.profile import count_params
 from rankprune.schemes import SCHEMES
 from rankprune.survey import tensor_key
-from rankprune.whitening import Moment, Whitened
+from rankprune.whitening import Whitened
 
 
 class LowRank(nn.Sequential):
@@ -123,7 +124,9 @@ def factorize(
         model: the dense model that the plan was made for.
         plan: from `make_plan` or a controller's `finish`.
         stats: from `calibrate`; the error of the layers' outputs on those inputs is made least,
-            instead of the weights'. Not after training to the plan's ranks: nothing is lost there.
+            instead of the weights', and what is left of its mean is taken back by the layer's bias
+            or else by the running mean of the BatchNorm that its output goes to. Not after
+            training to the plan's ranks: nothing is lost there.
         inplace: change the model itself instead of a copy.
 
     Returns:
@@ -145,11 +148,15 @@ def factorize(
     layers = check_plan(model, plan.factorized)
     for entry in plan.factorized:
         check_finite(_weight(layers[entry.name]), entry.name)
-    moments = check_stats(model, stats)
+    stats = check_stats(model, stats)
     if not inplace:
         model = copy.deepcopy(model)
     for entry in plan.factorized:
-        _factorize_layer(model, entry, moments.get(entry.name))
+        moment = stats.moments.get(entry.name)
+        before = _weight(model.get_submodule(entry.name)).detach()
+        _factorize_layer(model, entry, moment)
+        if moment is not None and moment.centred:
+            _keep_mean(model, entry, before, moment, stats.norms.get(entry.name))
     return model
 
 
@@ -280,6 +287,35 @@ def _factorize_layer(model: nn.Module, entry: LayerPlan, moment: Moment | None) 
         _set(factor, "weight", values, weight)
         factors.append(factor)
     _place(model, entry, factors[0], factors[1])
+
+
+@torch.no_grad()
+def _keep_mean(
+    model: nn.Module, entry: LayerPlan, weight: Tensor, moment: Moment, norm: str | None
+) -> None:
+    """Take the mean error of a layer's output back, in its bias or in the BatchNorm after it.
+
+    Args:
+        model: with the layer factorised.
+        entry: the layer.
+        weight: what it was before.
+        moment: of its inputs.
+        norm: the BatchNorm that its output goes to.
+    """
+    for name in (entry.name, *entry.tied):
+        low_rank = model.get_submodule(name)
+        assert isinstance(low_rank, LowRank)
+        lost = weight.double() - low_rank.product().double()
+        assert entry.spec is not None
+        lost = lost.T if entry.spec.kind == "hf_conv1d" else lost
+        by_group = lost.reshape(moment.groups, -1, moment.features)  # [g, N/g, D]
+        shift = (by_group @ moment.mean().to(lost.device).unsqueeze(-1)).flatten()
+        if low_rank.bias is not None:
+            low_rank.bias.add_(shift.to(low_rank.bias.dtype))
+        elif norm is not None:
+            mean = model.get_submodule(norm).running_mean
+            if isinstance(mean, Tensor):  # where it has none, it takes the batch's
+                mean -= shift.to(mean.dtype)
 
 
 def _place(model: nn.Module, entry: LayerPlan, first: nn.Module, second: nn.Module) -> None:

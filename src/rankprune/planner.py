@@ -138,7 +138,7 @@ def make_plan(
         what = "a runtime" if table else "a FLOPs budget"
         raise ConfigError(f"{what} needs example_inputs, to see the shapes that layers really get")
     cost = None if example_inputs is None else profile(model, example_inputs)
-    sites = _comparable(survey(model, cost, check_stats(model, stats)), rank)
+    sites = _comparable(survey(model, cost, check_stats(model, stats).moments), rank)
     if not any(not site.obstacle for site in sites):
         raise ConfigError(
             "the model has no layer that can be factorised: "

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rankprune.errors import ConfigError, NumericsError
 from rankprune.linalg import in_safe_range
+from rankprune.moments import Moment, Rows, input_patches
 from rankprune.profile import first_tensor
 from rankprune.survey import Site
-from rankprune.whitening import Moment, Rows, input_patches
 
 
 class Recorder:
@@ -26,6 +28,7 @@ class Recorder:
 
     Attributes:
         moments: by layer name; layers that were not called are missing.
+        norms: the BatchNorm that a layer's output goes to, by layer name.
         mask: of the present batch, [B, T]; None takes all positions.
     """
 
@@ -37,6 +40,8 @@ class Recorder:
         self.dtype = dtype
         self.moments: dict[str, Moment] = {}
         self.mask: Tensor | None = None
+        self.norms: dict[str, str] = {}
+        self._output: tuple[str, Tensor] | None = None
         self._last: tuple[Tensor, int, Rows] | None = None
         self._hooks = ExitStack()
 
@@ -45,11 +50,38 @@ class Recorder:
             # a weight that several layers share is called with the inputs of all
             for module in {self.model.get_submodule(name) for name in (site.name, *site.tied)}:
                 self._hooks.callback(self._register(site, module))
+        self._watch_norms()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._last = None
+        self._last = self._output = None
         self._hooks.close()
+        self.norms = {name: norm for name, norm in self.norms.items() if norm}
+        for site in self.sites:
+            if site.spec is not None and site.name in self.moments:
+                self.moments[site.name].centred = site.spec.bias or site.name in self.norms
+
+    def _watch_norms(self) -> None:
+        """Find the BatchNorms that are called with the very output of a layer."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, _BatchNorm):
+                enter = functools.partial(self._enter_norm, name)
+                self._hooks.callback(module.register_forward_pre_hook(enter).remove)
+        for site in self.sites:
+            # a tied weight has several outputs, and one mean of all inputs
+            if site.spec is not None and not site.spec.bias and not site.tied:
+                leave = functools.partial(self._leave, site.name)
+                self._hooks.callback(site.module.register_forward_hook(leave).remove)
+
+    def _leave(self, name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+        self._output = name, output
+
+    def _enter_norm(self, norm: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._output is not None and args and args[0] is self._output[1]:
+            name = self._output[0]
+            # a layer that is called for two of them has no one mean to put right
+            self.norms[name] = norm if self.norms.get(name, norm) == norm else ""
+        self._output = None
 
     def _register(self, site: Site, module: nn.Module) -> Callable[[], None]:
         def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -152,8 +184,9 @@ class SensitivityRecorder(Recorder):
             squares = gradient.square().sum(-1).reshape(1, -1)
         if not torch.isfinite(squares.sum()):
             raise NumericsError(f"layer {site.name!r}: the gradient of its output is not finite")
-        patches = self._patches(site, inputs) * squares.sqrt().unsqueeze(-1)
-        self._add(site, Rows(patches), weighted=True)
+        roots = squares.sqrt()
+        patches = self._patches(site, inputs) * roots.unsqueeze(-1)
+        self._add(site, Rows(patches, roots), weighted=True)
 
 
 def sampled_loss(output: Any, mask: Tensor | None, generator: torch.Generator) -> Tensor:

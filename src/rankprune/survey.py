@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from rankprune.errors import LayerError, naming
 from rankprune.layers import LayerSpec
 from rankprune.linalg import check_finite, singular_values
+from rankprune.moments import Moment
 from rankprune.profile import Profile, factor_flops
 from rankprune.ranks import Spectrum
 from rankprune.schemes import Scheme
 from rankprune.sharded import full_tensor, is_sharded
-from rankprune.whitening import Moment, Whitened
+from rankprune.whitening import Whitened
 
 # These read their sub-layers' weights directly, so a replaced sub-layer would never be called.
 _READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)

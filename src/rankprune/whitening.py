@@ -1,12 +1,12 @@
 """Low-rank approximation in the metric of a layer's inputs: least error of the output.
 
 A plain truncated SVD makes the weight's error small; what counts is the output's, ‖(W − W_r) X‖.
-With the inputs' second moments G = E[x xᵀ] = L Lᵀ that is the error of W in the metric of G. Where
-the inputs meet the matrix M along its columns (`linear`, `channel`), the optimum is U_r U_rᵀ M with
-U_r the leading left singular vectors of M L (Eckart–Young), which no singular G can spoil: L is
-multiplied, never inverted. Where they meet its rows (`spatial`, `decoupled`), the same on the other
-side is the optimum for inputs that do not correlate between the remaining kernel positions. The
-error of what comes out is exact in all cases.
+With the inputs' second moments G = E[x xᵀ] = L Lᵀ (or their covariance, see `moments`) that is the
+error of W in the metric of G. Where the inputs meet the matrix M along its columns (`linear`,
+`channel`), the optimum is U_r U_rᵀ M with U_r the leading left singular vectors of M L
+(Eckart–Young), which no singular G can spoil: L is multiplied, never inverted. Where they meet its
+rows (`spatial`, `decoupled`), the same on the other side is the optimum for inputs that do not
+correlate between the remaining kernel positions. The error of what comes out is exact in all cases.
 
 Sources: closed form — Zhang et al. 2015, arXiv 1505.06798, section 3.1; Wang et al. 2024, SVD-LLM,
 arXiv 2403.07378, theorem 3.3, which inverts L instead.
@@ -21,150 +21,10 @@ from torch import Tensor
 
 from rankprune.errors import LayerError
 from rankprune.layers import LayerSpec
-from rankprune.linalg import Decomposition, check_finite, converged
+from rankprune.linalg import Decomposition, check_finite
+from rankprune.moments import Metric, Moment
 from rankprune.ranks import Spectrum
 from rankprune.schemes import Scheme
-
-# Share of the mean second moment that is added to all directions. It decides where the inputs left
-# a direction open (then the plain SVD's choice), and costs less accuracy than it could show.
-RIDGE = 1e-5
-
-
-class Rows:
-    """Input patches [g, n, D], whose Gram matrix is computed once for all layers that see them."""
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-
-    @cached_property
-    def gram(self) -> Tensor:
-        """Σ x xᵀ: [g, D, D]."""
-        return self.values.mT @ self.values
-
-
-class Moment:
-    """Second moments of what a layer is called with, summed over its calls in bounded memory.
-
-    Few vectors are kept as they are; from as many on as they are long, their Gram matrix is, so
-    that no more than D² numbers are held.
-
-    Args:
-        groups: g, of a grouped convolution.
-        features: D, length of a patch: C/g times the kernel's positions, or in_features.
-        weighted: each input was multiplied by the norm of a loss's gradient by the output.
-    """
-
-    def __init__(self, groups: int, features: int, *, weighted: bool = False) -> None:
-        self.weighted = weighted
-        self.groups = groups
-        self.features = features
-        self.count = 0
-        self._rows: list[Tensor] = []
-        self._gram: Tensor | None = None
-
-    @classmethod
-    def of_gram(cls, gram: Tensor) -> Moment:
-        """From a mean Gram matrix [g, D, D]."""
-        moment = cls(gram.shape[0], gram.shape[-1])
-        moment._gram, moment.count = gram, 1
-        return moment
-
-    @torch.no_grad()
-    def update(self, rows: Rows | Tensor) -> None:
-        """Add input patches [g, n, D], in fp32 or fp64."""
-        rows = rows if isinstance(rows, Rows) else Rows(rows)
-        self.count += rows.values.shape[1]
-        if self._gram is None and self.count < self.features:
-            self._rows.append(rows.values.clone())
-            return
-        if self._gram is None:
-            self._gram = rows.values.new_zeros(self.groups, self.features, self.features)
-            for kept in self._rows:
-                self._gram = self._gram + kept.mT @ kept
-            self._rows = []
-        if rows.gram.dtype == torch.float64:
-            self._gram = self._gram.double()
-        self._gram += rows.gram
-
-    def mean(self) -> Tensor:
-        """G = E[x xᵀ]: [g, D, D], fp64."""
-        if self._gram is not None:
-            return self._gram.double() / self.count
-        rows = torch.cat(self._rows, 1).double()
-        return rows.mT @ rows / self.count
-
-    def weigh(self, matrix: Tensor, ridge: float = RIDGE) -> Tensor:
-        """M L, with L Lᵀ = G + ridge · mean(diag G) · I.
-
-        By Cholesky; where rounding has made G indefinite, by its eigenvectors without what is
-        negative; from the vectors themselves where they are fewer than D.
-
-        Args:
-            matrix: [g, …, rows, D], fp64.
-            ridge: share of the mean second moment to add to all directions.
-
-        Returns:
-            [g, …, rows, D or more], fp64, on the matrix's device.
-        """
-        between = (1,) * (matrix.dim() - 3)
-        if self._gram is None:
-            rows = torch.cat(self._rows, 1).double().to(matrix.device) / self.count**0.5
-            scale = rows.square().sum((-2, -1)) / self.features
-            rows = rows.unflatten(0, (self.groups, *between))
-            spread = (ridge * scale).sqrt().reshape(-1, *between, 1, 1)
-            return torch.cat([matrix @ rows.mT, spread * matrix], -1)
-        moment = self.mean().to(matrix.device)
-        diagonal = moment.diagonal(dim1=-2, dim2=-1)
-        diagonal += ridge * diagonal.mean(-1, keepdim=True)
-        root, failed = torch.linalg.cholesky_ex(moment)
-        if bool((failed != 0).any()):
-            values, vectors = converged(lambda: torch.linalg.eigh(moment), moment)
-            root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)
-        return matrix @ root.unflatten(0, (self.groups, *between))
-
-
-def input_patches(spec: LayerSpec, inputs: Tensor) -> Tensor:
-    """What a layer's weight is multiplied with: [g, n, D], D ordered as the weight is.
-
-    Args:
-        spec: a linear layer or a convolution.
-        inputs: what it is called with: [..., C], or [B, C, *] (without B as well).
-    """
-    if not spec.dims:
-        return inputs.reshape(1, -1, spec.in_channels)
-    if inputs.dim() == spec.dims + 1:
-        inputs = inputs.unsqueeze(0)
-    inputs = _padded(spec, inputs)
-    offsets = torch.cartesian_prod(*(torch.arange(side) for side in spec.kernel_size))
-    shifted = []
-    for offset in offsets.reshape(-1, spec.dims).tolist():
-        window = inputs
-        for axis, (at, side) in enumerate(zip(offset, spec.kernel_size, strict=True)):
-            stride, dilation = spec.stride[axis], spec.dilation[axis]
-            length = inputs.shape[axis + 2] - dilation * (side - 1)
-            window = window.narrow(axis + 2, at * dilation, length)
-            window = window[(slice(None),) * (axis + 2) + (slice(None, None, stride),)]
-        shifted.append(window.flatten(2))
-    patches = torch.stack(shifted, 2)  # [B, C, K, positions]
-    batch, _, kernel, positions = patches.shape
-    features = spec.in_channels // spec.groups * kernel
-    grouped = patches.reshape(batch, spec.groups, features, positions)
-    return grouped.permute(1, 0, 3, 2).reshape(spec.groups, batch * positions, features)
-
-
-def _padded(spec: LayerSpec, inputs: Tensor) -> Tensor:
-    if spec.padding == "valid":
-        return inputs
-    if spec.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(spec.dilation, spec.kernel_size, strict=True)]
-        sides = [(total // 2, total - total // 2) for total in totals]
-    else:
-        sides = [(int(side), int(side)) for side in spec.padding]
-    pads = [pad for side in reversed(sides) for pad in side]
-    if not any(pads):
-        return inputs
-    mode = "constant" if spec.padding_mode == "zeros" else spec.padding_mode
-    return torch.nn.functional.pad(inputs, pads, mode=mode)
 
 
 class Whitened:
@@ -176,6 +36,7 @@ class Whitened:
         weight: its weight.
         moment: of its inputs.
         name: the layer's, for messages.
+        shrinkage: as in `Moment.metric`.
 
     Raises:
         NumericsError: the weight holds NaN or infinity.
@@ -183,7 +44,14 @@ class Whitened:
     """
 
     def __init__(
-        self, spec: LayerSpec, scheme: Scheme, weight: Tensor, moment: Moment, name: str
+        self,
+        spec: LayerSpec,
+        scheme: Scheme,
+        weight: Tensor,
+        moment: Moment,
+        name: str,
+        *,
+        shrinkage: float | None = None,
     ) -> None:
         shape = scheme.matrix_shape(spec)
         features = spec.weight_numel // spec.out_channels
@@ -195,6 +63,7 @@ class Whitened:
         check_finite(weight, name)
         self.shape = shape
         self.groups = spec.groups
+        self.metric = moment.metric(shrinkage)
         self.moment = moment
         self.by_columns = scheme.patch_in_columns
         matrix = scheme.to_matrix(spec, weight.detach()).double()
@@ -202,12 +71,11 @@ class Whitened:
 
     @cached_property
     def _decomposition(self) -> Decomposition:
-        moment = self.moment
+        metric = self.metric
         if not self.by_columns:
             # all of the remaining kernel positions as further samples of the rows
-            total = self._spread().diagonal(dim1=2, dim2=4).sum(-1)
-            moment = Moment.of_gram(total)
-        weighed = moment.weigh(self._grouped(self.oriented)).flatten(0, 1)
+            metric = Metric.of_gram(self._spread().diagonal(dim1=2, dim2=4).sum(-1))
+        weighed = metric.weigh(self._grouped(self.oriented)).flatten(0, 1)
         # in a unit in which fp32 has all its digits
         self._unit = float(weighed.abs().max()) or 1.0
         return Decomposition((weighed / self._unit).float())
@@ -221,7 +89,7 @@ class Whitened:
         """G by rows and remaining kernel positions: [g, rows, P, rows, P]."""
         rows = self.shape.rows
         others = self.moment.features // rows
-        return self.moment.mean().reshape(self.groups, rows, others, rows, others)
+        return self.metric.matrix().reshape(self.groups, rows, others, rows, others)
 
     def _grouped(self, matrices: Tensor) -> Tensor:
         """[batch, …] to [g, batch / g, …]: filters of a group meet the same inputs."""
