@@ -1,0 +1,112 @@
+"""What a method gets, and what it gives back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from images import Cifar
+from loop import Loss, Training, calibration, labels_only, train
+from torch import Tensor, nn
+
+import rankprune as rp
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row's task.
+
+    Attributes:
+        trained: the dense network that all methods start from.
+        data: the data set.
+        training: what all methods get alike.
+        target: FLOPs of the dense network / FLOPs asked for.
+    """
+
+    trained: nn.Module
+    data: Cifar
+    training: Training
+    target: float
+
+    @property
+    def example(self) -> Tensor:
+        """To count FLOPs with."""
+        return torch.zeros(1, 3, 32, 32)
+
+    @property
+    def budget(self) -> rp.Budget:
+        """The target as a budget."""
+        return rp.Budget(flops=1 / self.target)
+
+    @cached_property
+    def images(self) -> list[Tensor]:
+        """Training images to calibrate with."""
+        return calibration(self.data)
+
+    def dense(self) -> nn.Module:
+        """A copy of the dense network."""
+        return copy.deepcopy(self.trained)
+
+    def plan(self, scheme: str, stats: rp.Stats | None = None) -> rp.Plan:
+        """Ranks for the budget, from the dense network as it is."""
+        return rp.make_plan(
+            self.trained.eval(),
+            self.budget,
+            scheme=scheme,
+            example_inputs=self.example,
+            stats=stats,
+        )
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a method made.
+
+    Attributes:
+        compact: the small network.
+        projected: the network of dense layers that it was made of, where there is one.
+    """
+
+    compact: nn.Module
+    projected: nn.Module | None = None
+
+
+Method = Callable[[Case], Result]
+
+
+def decompose(case: Case, plan: rp.Plan, *, stats: rp.Stats | None = None, bn: bool) -> nn.Module:
+    """The trained network's factors; BatchNorm is estimated anew where `bn` says so."""
+    compact = rp.factorize(case.dense(), plan, stats=stats)
+    return rp.recalibrate_bn(compact, case.images) if bn else compact
+
+
+def train_low_rank(
+    case: Case,
+    options: Callable[[int], rp.TRP],
+    *,
+    span: tuple[float, float] = (0.0, 1.0),
+    loss: Loss = labels_only,
+) -> tuple[nn.Module, rp.Plan]:
+    """Train the dense network by TRP.
+
+    Args:
+        case: the task.
+        options: the number of steps to the options.
+        span: part of the schedule.
+        loss: what is minimised.
+
+    Returns:
+        The dense network, projected a last time, and the plan that was reached.
+    """
+    model = case.dense()
+    controllers = []
+
+    def attach(optimizer: torch.optim.Optimizer, steps: int) -> None:
+        trp = options(steps)
+        controllers.append(rp.attach(model, optimizer, trp, example_inputs=case.example))
+
+    train(model, case.data, case.training, span=span, loss=loss, attach=attach)
+    return model, controllers[0].finish()

@@ -1,0 +1,24 @@
+"""Truncated SVD of the trained network, then its factors are trained: what TRP claims to spare."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from case import Case, Method, Result, decompose
+from distillation import Distilled
+from loop import labels_only, train
+
+
+def fine_tuned(case: Case, *, scheme: str, soft: bool = False, match: float = 0.0) -> Result:
+    """`soft` learns from the dense network's answers too, `match` from its stages' outputs."""
+    compact = decompose(case, case.plan(scheme), bn=True)
+    loss = Distilled(case.trained, match=match) if soft else labels_only
+    train(compact, case.data, case.training, loss=loss)
+    return Result(compact)
+
+
+METHODS: dict[str, Method] = {
+    "svd-fine-tuned-channel": partial(fine_tuned, scheme="channel"),
+    "svd-fine-tuned-spatial": partial(fine_tuned, scheme="spatial"),
+    "svd-distilled-spatial": partial(fine_tuned, scheme="spatial", soft=True),
+}

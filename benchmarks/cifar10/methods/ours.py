@@ -1,0 +1,59 @@
+"""TRP to a budget, as `rankprune train` does it: the recipe, and what it is without each piece."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from case import Case, Method, Result, train_low_rank
+from distillation import Distilled
+from loop import labels_only, train
+
+import rankprune as rp
+
+
+def ours(
+    case: Case,
+    *,
+    scheme: str = "spatial",
+    descent: float = 0.3,
+    tail: float = 0.5,
+    every: int = 1,
+    nuclear: float = 0.0,
+    soft: bool = True,
+    match: float = 3.0,
+) -> Result:
+    """The budget comes down from the dense network's over the first part of the run.
+
+    Args:
+        case: the task.
+        scheme: of all layers.
+        descent: share of the run over which the budget comes down.
+        tail: share of the run, at its end, in which the factors are trained.
+        every: period of the projections before.
+        nuclear: weight of the nuclear norm before.
+        soft: learn from the dense network's answers.
+        match: weight of its stages' outputs.
+    """
+    loss = Distilled(case.trained, match=match) if soft else labels_only
+
+    def options(steps: int) -> rp.TRP:
+        return rp.TRP(
+            rank=case.budget,
+            scheme=scheme,
+            every=every,
+            nuclear=nuclear,
+            descent=round(steps * descent / (1 - tail)),
+        )
+
+    model, plan = train_low_rank(case, options, span=(0.0, 1 - tail), loss=loss)
+    compact = rp.factorize(model, plan)
+    if not tail:
+        return Result(compact, model)
+    train(compact, case.data, case.training, span=(1 - tail, 1.0), loss=loss)
+    return Result(compact, rp.defactorize(compact))
+
+
+METHODS: dict[str, Method] = {
+    "ours": ours,
+    "ours-without-tail": partial(ours, tail=0.0),
+}
