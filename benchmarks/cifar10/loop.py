@@ -5,6 +5,7 @@ Imports nothing of rankprune: peers are trained by it in environments of their o
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import time
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from images import Cifar, Part, normalise
+from images import Cifar, Part
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -121,7 +122,10 @@ def accuracy(model: nn.Module, part: Part) -> float:
 
 
 def calibration(data: Cifar, count: int = 2048, batch: int = 256) -> list[Tensor]:
-    """Training images as they are, to calibrate or to estimate BatchNorm with."""
-    # an image folder lies class by class
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(0))
-    return [normalise(data.train.pixels[part]) for part in order[:count].split(batch)]
+    """Images as they are trained on, to calibrate or to estimate BatchNorm with.
+
+    With images that are not augmented, BatchNorm's new statistics cost the dense ResNet-20 itself
+    4 points.
+    """
+    batches = data.train.epoch(batch, seed=0, epoch=0)
+    return [images for images, _ in itertools.islice(batches, count // batch)]
