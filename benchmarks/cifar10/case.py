@@ -13,6 +13,7 @@ from loop import Loss, Training, calibration, labels_only, train
 from torch import Tensor, nn
 
 import rankprune as rp
+from rankprune.recipes.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Case:
     def dense(self) -> nn.Module:
         """A copy of the dense network."""
         return copy.deepcopy(self.trained)
+
+    def taught(self, match: float = 0.0) -> Loss:
+        """Learning from the dense network's answers, and from its blocks' outputs."""
+        teacher = Teacher(self.dense(), match=match)
+        return lambda model, images, labels: teacher(model, images, labels)[0]
 
     def plan(self, scheme: str, stats: rp.Stats | None = None) -> rp.Plan:
         """Ranks for the budget, from the dense network as it is."""

@@ -69,15 +69,16 @@ class ResNet(nn.Module):
 
 def vgg(classes: int = 10) -> nn.Module:
     """VGG-16's convolutions at a quarter of their width, BatchNorm, one linear layer."""
-    layers: list[nn.Module] = []
+    stages: list[nn.Module] = []
     inputs = 3
     for width, count in ((16, 2), (32, 2), (64, 3), (128, 3), (128, 3)):
+        layers: list[nn.Module] = []
         for _ in range(count):
             layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)]
             layers.append(nn.ReLU())
             inputs = width
-        layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs, classes))
+        stages.append(nn.Sequential(*layers, nn.MaxPool2d(2)))
+    return nn.Sequential(*stages, nn.Flatten(), nn.Linear(inputs, classes))
 
 
 NETWORKS = {
@@ -94,9 +95,3 @@ def build(name: str, weights: Path | None, seed: int) -> nn.Module:
     if weights is not None:
         model.load_state_dict(load_file(weights))
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def stages(model: nn.Module) -> list[str]:
-    """Names of the modules whose outputs a student is to match: blocks, or a VGG's ReLUs."""
-    kinds = (Block,) if isinstance(model, ResNet) else (nn.ReLU,)
-    return [name for name, module in model.named_modules() if isinstance(module, kinds)]

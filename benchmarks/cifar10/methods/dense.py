@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from case import Case, Method, Result
-from distillation import Distilled
 from loop import train
 
 
@@ -17,7 +16,7 @@ def labels(case: Case) -> Result:
 def distilled(case: Case) -> Result:
     """Taught by its former self: how much of a distilled row's accuracy is the loss alone."""
     model = case.dense()
-    train(model, case.data, case.training, loss=Distilled(case.trained))
+    train(model, case.data, case.training, loss=case.taught())
     return Result(model)
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from functools import partial
 
 from case import Case, Method, Result, decompose
-from distillation import Distilled
 from loop import labels_only, train
 
 
 def fine_tuned(case: Case, *, scheme: str, soft: bool = False, match: float = 0.0) -> Result:
-    """`soft` learns from the dense network's answers too, `match` from its stages' outputs."""
+    """`soft` learns from the dense network's answers too, `match` from its blocks' outputs."""
     compact = decompose(case, case.plan(scheme), bn=True)
-    loss = Distilled(case.trained, match=match) if soft else labels_only
+    loss = case.taught(match) if soft else labels_only
     train(compact, case.data, case.training, loss=loss)
     return Result(compact)
 
@@ -21,4 +20,5 @@ METHODS: dict[str, Method] = {
     "svd-fine-tuned-channel": partial(fine_tuned, scheme="channel"),
     "svd-fine-tuned-spatial": partial(fine_tuned, scheme="spatial"),
     "svd-distilled-spatial": partial(fine_tuned, scheme="spatial", soft=True),
+    "svd-matched-spatial": partial(fine_tuned, scheme="spatial", soft=True, match=3.0),
 }

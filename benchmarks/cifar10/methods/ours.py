@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 from case import Case, Method, Result, train_low_rank
-from distillation import Distilled
 from loop import labels_only, train
 
 import rankprune as rp
@@ -32,9 +31,9 @@ def ours(
         every: period of the projections before.
         nuclear: weight of the nuclear norm before.
         soft: learn from the dense network's answers.
-        match: weight of its stages' outputs.
+        match: weight of its blocks' outputs.
     """
-    loss = Distilled(case.trained, match=match) if soft else labels_only
+    loss = case.taught(match) if soft else labels_only
 
     def options(steps: int) -> rp.TRP:
         return rp.TRP(

@@ -70,6 +70,15 @@ def train(
     descent: Annotated[
         float | None, typer.Option(help="Share of the run in which a budget comes down.")
     ] = None,
+    tail: Annotated[
+        float | None, typer.Option(help="Share of the run, at its end, that trains the factors.")
+    ] = None,
+    distill: Annotated[
+        float | None, typer.Option(help="Weight of the dense network's answers in the loss.")
+    ] = None,
+    match: Annotated[
+        float | None, typer.Option(help="Weight of the blocks' errors against the dense network's.")
+    ] = None,
     nuclear: Annotated[float | None, typer.Option(help="Weight of the nuclear norm.")] = None,
     nuclear_mode: Annotated[str | None, typer.Option(help="gradient or decoupled.")] = None,
     nuclear_when: Annotated[str | None, typer.Option(help="projection or step.")] = None,

@@ -18,6 +18,8 @@ from rankprune.runtimes import Runtime
 from rankprune.schemes import SCHEMES
 
 _MAX_CONFIG_BYTES = 2**20
+# Weight of a dense network's answers, where there is one to learn from.
+SOFT = 0.9
 
 
 class TrainConfig(BaseModel):
@@ -45,7 +47,14 @@ class TrainConfig(BaseModel):
         every: period of projections in steps.
         start, descent: as shares of the run: when projections start, and how long the budget takes
             from there to come down to its target.
+        tail: share of the run, at its end, in which the factors are trained instead of the dense
+            weights; their ranks are those that TRP has reached by then. 0 for TRP to the end.
         nuclear, nuclear_mode, nuclear_when: as in `TRP`.
+        distill: weight of the dense network's answers beside the labels, 0 to 1. The dense network
+            is what the run starts from (`pretrained`, `weights`), or the `baseline`. None takes
+            0.9 where there is one, and 0 elsewhere.
+        match: weight of the errors of the blocks' outputs, against the dense network's, where
+            `distill` is not 0.
         multiple_of: ranks are multiples of this.
         epochs: passes over the training part.
         batch_size: images of one optimizer step, over all processes.
@@ -87,9 +96,12 @@ class TrainConfig(BaseModel):
     every: int = Field(default=20, ge=1)
     start: float = Field(default=0.1, ge=0, lt=1)
     descent: float = Field(default=0.4, ge=0, le=1)
+    tail: float = Field(default=0.4, ge=0, lt=1)
     nuclear: float = Field(default=3e-4, ge=0)
     nuclear_mode: Literal["gradient", "decoupled"] = "gradient"
     nuclear_when: Literal["projection", "step"] = "projection"
+    distill: float | None = Field(default=None, ge=0, le=1)
+    match: float = Field(default=3.0, ge=0)
     multiple_of: int | None = Field(default=None, ge=1)
     epochs: int = Field(default=30, ge=1)
     batch_size: int = Field(default=128, ge=1)
@@ -127,6 +139,22 @@ class TrainConfig(BaseModel):
             return None
         return Runtime(backend=self.backend or "onnxruntime", threads=self.threads)
 
+    def soft(self) -> float:
+        """Weight of the dense network's answers in the loss.
+
+        Raises:
+            ConfigError: `distill` is given, and there is no dense network to learn from.
+        """
+        if self.method == "dense":
+            return 0.0
+        taught = self.pretrained or self.weights is not None or self.baseline
+        if self.distill and not taught:
+            raise ConfigError(
+                f"distill={self.distill}: there is no trained dense network to learn from; start "
+                "from weights (weights, pretrained), or train one beforehand (baseline)"
+            )
+        return (SOFT if taught else 0.0) if self.distill is None else self.distill
+
 
 # The set-up of Xu et al. 2019, arXiv 1910.04576, section 4.1.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -140,6 +168,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rank": "energy:0.98",
         "every": 20,
         "start": 0.0,
+        "tail": 0.0,
+        "distill": 0.0,
         "nuclear": 3e-4,
     },
     # From pretrained weights. One image in a hundred is kept to validate every epoch on.
@@ -153,6 +183,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rank": "energy:0.98",
         "every": 20,
         "start": 0.0,
+        "tail": 0.0,
+        "distill": 0.0,
         "nuclear": 3e-4,
         "val_fraction": 0.01,
     },
@@ -246,8 +278,14 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
     if config.scheme != "auto" and config.scheme not in SCHEMES:
         raise ConfigError(f"unknown scheme {config.scheme!r}; {near(config.scheme, SCHEMES)}")
     config.runtime()
+    config.soft()
     if config.method == "trp":
-        config.target()
+        descent = config.descent if isinstance(config.target(), Budget) else 0.0
+        if config.start + descent + config.tail > 1 + 1e-9:
+            raise ConfigError(
+                f"start={config.start}, descent={descent}, tail={config.tail}: together they "
+                "exceed the run; the target must be reached before the factors are trained"
+            )
     return config
 
 

@@ -20,18 +20,21 @@ from rankprune.profile import call
 Match = Callable[[Any, Any, Tensor | None], Tensor]
 
 
-def match_logits(student: Any, teacher: Any, mask: Tensor | None) -> Tensor:
+def match_logits(
+    student: Any, teacher: Any, mask: Tensor | None, *, temperature: float = 1.0
+) -> Tensor:
     """KL divergence of the student's distribution from the teacher's (Hinton et al. 2015,
-    arXiv 1503.02531, at temperature 1), averaged over positions.
+    arXiv 1503.02531), averaged over positions, times the temperature's square.
 
     Args:
         student: its output with `logits` [..., classes], or logits themselves.
         teacher: the same.
         mask: [B, T], to leave padding out; None takes all positions.
+        temperature: by which logits are divided first: above 1 the unlikely classes count more.
     """
-    ours = _part(student, "logits").float().log_softmax(-1)
-    theirs = _part(teacher, "logits").float().log_softmax(-1)
-    return _mean((theirs.exp() * (theirs - ours)).sum(-1), mask)
+    ours = (_part(student, "logits").float() / temperature).log_softmax(-1)
+    theirs = (_part(teacher, "logits").float() / temperature).log_softmax(-1)
+    return temperature**2 * _mean((theirs.exp() * (theirs - ours)).sum(-1), mask)
 
 
 def match_hidden(student: Any, teacher: Any, mask: Tensor | None) -> Tensor:

@@ -87,17 +87,17 @@ def run(
     if is_main_process() and not (resume and (folder / CONFIG).exists()):
         _prepare_folder(folder, config)
     state.wait_for_everyone()
-    baseline = None
+    baseline: nn.Module | None = None
     if config.baseline and config.method == "trp":
         dense = config.model_copy(update={"method": "dense", "baseline": False})
         if is_main_process():
             (folder / BASELINE).mkdir(exist_ok=True)
         state.wait_for_everyone()
-        _, accuracies = _train(dense, folder / BASELINE, data, progress)
-        baseline = accuracies["dense"]
-    result, accuracies = _train(config, folder, data, progress)
+        trained, before = _train(dense, folder / BASELINE, data, progress)
+        baseline = trained.model
+    result, accuracies = _train(config, folder, data, progress, baseline)
     if baseline is not None:
-        accuracies["dense"] = baseline
+        accuracies["dense"] = before["dense"]
     return _finish(config, folder, data, result, accuracies)
 
 
@@ -233,14 +233,21 @@ def _model(config: TrainConfig, data: ImageData) -> nn.Module:
 
 
 def _train(
-    config: TrainConfig, folder: Path, data: ImageData, progress: Progress | None
+    config: TrainConfig,
+    folder: Path,
+    data: ImageData,
+    progress: Progress | None,
+    baseline: nn.Module | None = None,
 ) -> tuple[Trained, dict[str, float | None]]:
     model = _model(config, data)
+    teacher = None
+    if config.soft():
+        teacher = _model(config, data) if baseline is None else baseline
     accuracies: dict[str, float | None] = {"dense": None, "projected": None, "compact": None}
     if config.method == "trp" and not config.baseline and (config.pretrained or config.weights):
         # what there was to lose: the starting point's accuracy
         accuracies["dense"] = _test(config, data, model)
-    result = fit(config, data, model, folder=folder, progress=progress)
+    result = fit(config, data, model, teacher=teacher, folder=folder, progress=progress)
     if config.method == "dense":
         accuracies["dense"] = _test(config, data, result.model)
     return result, accuracies

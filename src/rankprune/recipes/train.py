@@ -16,6 +16,7 @@ from torch import nn
 from rankprune.attach import attach
 from rankprune.budget import Budget
 from rankprune.errors import ConfigError, FileError, RankPruneError
+from rankprune.factorize import defactorize, factor_skeleton, factorize
 from rankprune.files import remove_stale, write_atomically
 from rankprune.options import TRP
 from rankprune.plan import Plan
@@ -25,13 +26,14 @@ from rankprune.recipes.config import TrainConfig
 from rankprune.recipes.data import ImageData
 from rankprune.recipes.evaluate import evaluate
 from rankprune.recipes.interrupt import Interrupted, catching_signals
+from rankprune.recipes.teacher import Teacher
 from rankprune.serialize import compare_shapes, shapes
 from rankprune.training import Controller
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
-_STATE = {"total", "step", "model", "optimizer", "scheduler", "scaler", "trp", "sums", "records"}
-_STATE |= {"rng", "cuda_rng"}
+_STATE = {"total", "step", "model", "optimizer", "scheduler", "scaler", "trp", "plan", "sums"}
+_STATE |= {"records", "rng", "cuda_rng"}
 
 
 class Progress:
@@ -97,6 +99,7 @@ def fit(
     data: ImageData,
     model: nn.Module,
     *,
+    teacher: nn.Module | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Trained:
@@ -106,16 +109,17 @@ def fit(
         config: the options.
         data: the data set.
         model: with the weights to start from.
+        teacher: the dense network to learn from, where `config.soft()` is not 0.
         folder: where checkpoint and metrics go; a checkpoint that lies there is continued.
         progress: told about every step and epoch.
 
     Returns:
-        The model, projected a last time where TRP is on.
+        The dense model, of low rank where TRP is on.
 
     Raises:
         Interrupted: by SIGINT or SIGTERM, after a checkpoint.
     """
-    return _Run(config, data, model, folder, progress or Progress()).train()
+    return _Run(config, data, model, teacher, folder, progress or Progress()).train()
 
 
 class _Run:
@@ -124,6 +128,7 @@ class _Run:
         config: TrainConfig,
         data: ImageData,
         model: nn.Module,
+        teacher: nn.Module | None,
         folder: Path | None,
         progress: Progress,
     ) -> None:
@@ -139,21 +144,29 @@ class _Run:
         )
         self.steps = check_batch(data, config.batch_size, self.accelerator.num_processes)
         self.total = self.steps * config.epochs
+        self.switch = self.total - round(config.tail * self.total) if config.tail else None
         if folder is not None and folder.is_dir() and self.accelerator.is_main_process:
             remove_stale(folder)
         checkpoint = self._checkpoint(model)
+        self.plan: Plan | None = None  # of the factors, once they are trained
         if checkpoint is not None:
+            if checkpoint["plan"] is not None:
+                self.plan = Plan.from_json(checkpoint["plan"])
             model.load_state_dict(checkpoint["model"])
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.bare = model
-        optimizer = _optimizer(config, model)
-        self.raw = optimizer
-        self.scheduler = _scheduler(config, optimizer, self.total)
+        self.raw = _optimizer(config, model)
+        self.scheduler = _scheduler(config, self.raw, self.total)
         if checkpoint is not None:
             # after the scheduler, which sets the learning rate back when it is made
-            optimizer.load_state_dict(checkpoint["optimizer"])
-        self.trp = self._attach(checkpoint)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+            self.raw.load_state_dict(checkpoint["optimizer"])
+        self.trp = None if self.plan is not None else self._attach(checkpoint)
+        self.model, self.optimizer = self.accelerator.prepare(model, self.raw)
+        self.teacher = None
+        if config.soft():
+            assert teacher is not None
+            teacher = teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.teacher = Teacher(teacher, soft=config.soft(), match=config.match)
         self.step = 0
         self.records: list[dict[str, Any]] = []
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -170,16 +183,37 @@ class _Run:
                     self._epoch(epoch, caught)
         finally:
             self.progress.end()
-        plan = None if self.trp is None else self.trp.finish()
+        plan = self.plan if self.trp is None else self.trp.finish()
         self.accelerator.wait_for_everyone()
-        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return Trained(
-            model,
+            defactorize(self._unwrapped(), inplace=True),
             plan,
             self.accelerator.device,
             self.accelerator.is_main_process,
             self.accelerator.num_processes,
         )
+
+    def _unwrapped(self) -> nn.Module:
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        return model
+
+    def _train_factors(self) -> None:
+        """Go on with the factors of the model in its place, in fresh momentum."""
+        assert self.trp is not None
+        self.plan, self.trp = self.trp.finish(), None
+        # a copy: hooks of DistributedDataParallel stay with the parameters that it was made for
+        model = factorize(self._unwrapped(), self.plan)
+        self.bare = model.to(memory_format=torch.channels_last)
+        self.accelerator.free_memory()
+        self.raw = _optimizer(self.config, self.bare)
+        before, self.scheduler = self.scheduler, _scheduler(self.config, self.raw, self.total)
+        self.scheduler.load_state_dict(before.state_dict())
+        for group, rate in zip(self.raw.param_groups, before.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.model, self.optimizer = self.accelerator.prepare(self.bare, self.raw)
+        if self.accelerator.num_processes > 1:
+            self._order_buckets()
+        self.model.train()
 
     def _order_buckets(self) -> None:
         """Have DistributedDataParallel order its gradients before the first step.
@@ -227,10 +261,7 @@ class _Run:
 
     def _one_step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
         with self.accelerator.autocast():
-            logits = self.model(images)
-        loss = nn.functional.cross_entropy(
-            logits.float(), labels, label_smoothing=self.config.label_smoothing
-        )
+            loss, logits = self._loss(images, labels)
         self.accelerator.backward(loss)
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:
@@ -247,6 +278,21 @@ class _Run:
                 f"step {self.step}: the loss is {loss.item()}; lower lr or nuclear"
             )
         self.progress.step(loss.item(), self.raw.param_groups[0]["lr"])
+        if self.trp is not None and self.step == self.switch:
+            self._train_factors()
+
+    def _loss(
+        self, images: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        smoothing = self.config.label_smoothing
+        if self.teacher is not None:
+            return self.teacher(
+                self.model, images, labels, label_smoothing=smoothing, bare=self.bare
+            )
+        logits = self.model(images)
+        return nn.functional.cross_entropy(
+            logits.float(), labels, label_smoothing=smoothing
+        ), logits
 
     def _agreed(self, caught: list[int]) -> int:
         """The signal that any process has caught, so that all stop after the same step; or 0."""
@@ -290,6 +336,8 @@ class _Run:
         }
         if self.trp is not None:
             record["ranks"] = self.trp.ranks
+        elif self.plan is not None:
+            record["ranks"] = {layer.name: layer.rank for layer in self.plan.factorized}
         self.records.append(record)
         self.sums.zero_()
         self._save()
@@ -310,6 +358,8 @@ class _Run:
                 f"{path}: a checkpoint of another run ({state['total']} steps, this one has "
                 f"{self.total})"
             )
+        if state["plan"] is not None:
+            factor_skeleton(model, Plan.from_json(state["plan"]).factorized)
         compare_shapes(shapes(model.state_dict()), shapes(state["model"]), str(path))
         return state
 
@@ -327,6 +377,7 @@ class _Run:
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "trp": None if self.trp is None else self.trp.state_dict(),
+                "plan": None if self.plan is None else self.plan.to_json(),
                 # alike in every process: all are seeded alike, and draw as much
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
