@@ -209,7 +209,37 @@ def reliability(theme: str) -> Callable[[], str]:
     return table
 
 
+def cifar10(model: str, trained: bool) -> Callable[[], str]:
+    """Methods by the FLOPs reduction that they were asked for."""
+
+    def table() -> str:
+        path = DOCS.parent / "benchmarks/cifar10/results.json"
+        rows = [r for r in json.loads(path.read_text()) if r["model"] == model]
+        rows = [r for r in rows if bool(r["epochs"]) == trained and r["method"] != "dense"]
+        rows.sort(key=lambda r: (r["target"] or 0, r["epochs"], -r["accuracy"]))
+        lines = [
+            "| asked for | method | FLOPs | accuracy | dense | decomposed − projected | epochs |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            target = "" if row["target"] is None else f"{row['target']:g} ×"
+            projected, dense = row["projected_accuracy"], row["dense_accuracy"]
+            lines.append(
+                f"| {target} | {row['method']} | {row['flops_reduction']:.2f} × "
+                f"| {row['accuracy']:.2f} | {'' if dense is None else dense} "
+                f"| {'' if projected is None else f'{row["accuracy"] - projected:.2f}'} "
+                f"| {row['epochs']} |"
+            )
+        return "\n".join(lines)
+
+    return table
+
+
 PAGES = {
+    "training.md": {
+        "resnet20 trained": cifar10("resnet20", trained=True),
+        "resnet20 untrained": cifar10("resnet20", trained=False),
+    },
     "projection.md": {
         "projection": projection,
         "memory": memory,

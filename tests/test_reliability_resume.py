@@ -228,7 +228,8 @@ def test_command(tmp_path: Path, trials: Trials) -> None:
     assert steps == STEPS
     _trained(options, tmp_path / "whole")
     end = _result(tmp_path / "whole")
-    for stop in _stops(trials)[1:] if trials.full else [35]:
+    # one before the factors are trained, one after
+    for stop in _stops(trials)[1:] if trials.full else [35, 50]:
         folder = tmp_path / str(stop)
         with trials.one():
             with pytest.raises(Stopped):

@@ -33,7 +33,7 @@ class Teacher:
         >>> student = copy.deepcopy(dense)
         >>> inputs, labels = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
         >>> loss, logits = Teacher(dense, soft=1.0, match=1.0)(student, inputs, labels)
-        >>> round(float(loss), 6)
+        >>> round(loss.item(), 6)
         0.0
     """
 
