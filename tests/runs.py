@@ -24,14 +24,26 @@ def in_child(call: Callable[[], Any]) -> int:
     child = os.fork()
     if child:
         return child
-    code = 1
+    code: Any = 1
     try:
         call()
         code = 0
+    except SystemExit as end:
+        code = end.code or 0
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
+
+
+def command_line(*args: object) -> None:
+    """What `rankprune` does with these arguments, in this process."""
+    from rankprune.cli import main
+
+    sys.argv = ["rankprune", *map(str, args)]
+    main()
 
 
 def exit_code(child: int) -> int:

@@ -1,4 +1,4 @@
-"""The command line as a person or a script uses it: in a process of its own."""
+"""The command line as a person or a script uses it: in processes of their own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,17 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import rankprune as rp
+from rankprune import latency
 from rankprune.recipes.config import make_config, to_yaml
 from rankprune.recipes.models import build_model
-from runs import records, torchrun, wait_for
+from rankprune.runtimes import Run
+from runs import command_line, exit_code, in_child, records, torchrun, wait_for
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    # later Pythons warn of a fork beside threads
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+]
 
 RUN = [
     "train",
@@ -50,37 +60,30 @@ REPORT_KEYS = {
 }
 
 
-#: Stands for a machine on which a factorised layer takes a fifth of its time, and a network half.
-GIVEN_TIMES = """
-from rankprune import latency
-from rankprune.cli import main
+def cli(*args: object, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """In a forked process, which need not import torch again."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
 
-def measure(calls, *_):
-    for run in calls.values():
-        run()
-    if "compact" in calls:
-        return {"dense": 10.0, "compact": 4.9}
-    return {name: 10.0 if name == "dense" else 2.0 for name in calls}
+        def run() -> None:
+            for stream, number in ((out, 1), (err, 2)):
+                os.dup2(stream.fileno(), number)
+            sys.stdout, sys.stderr = out, err
+            os.chdir(cwd or os.getcwd())
+            command_line(*args)
 
-latency.measure = measure
-main()
-"""
-
-
-def cli(
-    *args: object, code: int = 0, cwd: Path | None = None, given_times: bool = False
-) -> subprocess.CompletedProcess[str]:
-    program = ["-c", GIVEN_TIMES] if given_times else ["-m", "rankprune.cli"]
-    done = subprocess.run(
-        [sys.executable, *program, *map(str, args)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+        status = exit_code(in_child(run))
+        printed = [stream.seek(0) or stream.read() for stream in (out, err)]
+    done = subprocess.CompletedProcess(args, status, *printed)
+    assert status == code, done
     return done
+
+
+def test_as_a_program() -> None:
+    program = [sys.executable, "-m", "rankprune.cli"]
+    for args, code in (("--help", 0), ("report none", 3)):
+        done = subprocess.run([*program, *args.split()], capture_output=True, text=True, check=False)
+        assert done.returncode == code, done
+        assert ("Usage" in done.stdout) is (code == 0)
 
 
 def test_help_does_not_wait_for_torch() -> None:
@@ -223,15 +226,26 @@ def test_compress_then_eval(weights: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_compress_to_a_time_then_bench_export_and_report(weights: Path, tmp_path: Path) -> None:
+def test_compress_to_a_time_then_bench_export_and_report(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By given times: whether a target can be met must not depend on what else a machine does."""
+
+    def given(calls: Mapping[str, Run], *_: Any) -> dict[str, float]:
+        for run in calls.values():
+            run()
+        if "compact" in calls:
+            return {"dense": 10.0, "compact": 4.9}
+        return {name: 10.0 if name == "dense" else 2.0 for name in calls}
+
+    monkeypatch.setattr(latency, "measure", given)
     out, page, onnx = tmp_path / "compact", tmp_path / "page.html", tmp_path / "model.onnx"
     compress = ("compress", weights, "--model", "digits_cnn", "--input-size", "3x32x32")
     on = ("--backend", "eager", "--threads", 1, "--batch", 16)
-    done = cli(*compress, *on, "--latency", 0.4, "--out", out, code=4, given_times=True)
+    done = cli(*compress, *on, "--latency", 0.4, "--out", out, code=4)
     assert "takes 0.49 of the dense network's time on eager" in done.stderr
     assert not out.exists()
-    done = cli(*compress, *on, "--latency", 0.5, "--out", out, "--json", given_times=True)
+    done = cli(*compress, *on, "--latency", 0.5, "--out", out, "--json")
     assert "measuring layer 1 of" in done.stderr
     report = json.loads(done.stdout)
     (entry,) = report["latency"]

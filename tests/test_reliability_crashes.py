@@ -10,7 +10,6 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from rankprune.files import is_temporary
 from rankprune.recipes.checkpoint import read_checkpoint, write_checkpoint
 from rankprune.recipes.config import TrainConfig
 from rankprune.recipes.run import load, preview, run
-from runs import equal, exit_code, in_child, records, wait_for
+from runs import command_line, equal, exit_code, in_child, records, wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -159,23 +158,14 @@ def test_training(tmp_path: Path, trials: Trials) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals(number: signal.Signals, tmp_path: Path, trials: Trials) -> None:
     """SIGINT and SIGTERM in a training run: a checkpoint, exit 130 or 143."""
-    from rankprune.cli import main
-
     options = OPTIONS | {"epochs": 100, "checkpoint_every": 1000, "baseline": False}
     words = [f"--{key.replace('_', '-')}={value}" for key, value in options.items() if value]
-
-    def train(out: Path) -> None:
-        sys.argv = ["rankprune", "train", *words, "--out", str(out)]
-        try:
-            main()
-        except SystemExit as end:
-            os._exit(int(end.code or 0))
 
     chance = random.Random(3)
     for attempt in trials.count(10, 2):
         out = tmp_path / str(attempt)
         with trials.one():
-            child = in_child(lambda out=out: train(out))  # type: ignore[misc]
+            child = in_child(lambda out=out: command_line("train", *words, "--out", out))  # type: ignore[misc]
             alive = functools.partial(os.waitpid, child, os.WNOHANG)
             wait_for(out / "checkpoint.pt", lambda alive=alive: alive() == (0, 0))  # type: ignore[misc]
             time.sleep(chance.uniform(0, 0.5))
