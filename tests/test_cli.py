@@ -36,10 +36,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
 ]
 
+IMAGES = ("--data", "fake", "--image-size", "16")
 RUN = [
     "train",
-    "--data",
-    "fake",
+    *IMAGES,
     "--model",
     "digits_cnn",
     "--scheme",
@@ -81,7 +81,9 @@ def cli(*args: object, code: int = 0, cwd: Path | None = None) -> subprocess.Com
 def test_as_a_program() -> None:
     program = [sys.executable, "-m", "rankprune.cli"]
     for args, code in (("--help", 0), ("report none", 3)):
-        done = subprocess.run([*program, *args.split()], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*program, *args.split()], capture_output=True, text=True, check=False
+        )
         assert done.returncode == code, done
         assert ("Usage" in done.stdout) is (code == 0)
 
@@ -144,7 +146,7 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     assert shown == document
     lines = (finished / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
-    measured = json.loads(cli("eval", finished / "compact", "--data", "fake", "--json").stdout)
+    measured = json.loads(cli("eval", finished / "compact", *IMAGES, "--json").stdout)
     assert measured["accuracy"] == document["compact"]["accuracy"]
     assert measured["flops"] == document["compact"]["flops"]
 
@@ -389,7 +391,7 @@ def test_two_processes_train_one_network_and_resume(tmp_path: Path) -> None:
     assert document["environment"]["processes"] == 2
     assert [record["images"] for record in records(straight)] == [7 * 64] * 2
     # the saved statistics are those that were evaluated
-    measured = json.loads(cli("eval", straight / "compact", "--data", "fake", "--json").stdout)
+    measured = json.loads(cli("eval", straight / "compact", *IMAGES, "--json").stdout)
     assert measured["accuracy"] == document["compact"]["accuracy"]
 
     command = torchrun(2, *args, out=resumed)

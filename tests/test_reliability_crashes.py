@@ -104,6 +104,7 @@ def test_checkpoint(tmp_path: Path, trials: Trials) -> None:
 
 OPTIONS: dict[str, Any] = {
     "data": "fake",
+    "image_size": 16,
     "model": "digits_cnn",
     "scheme": "spatial",
     "flops": 0.4,

@@ -112,7 +112,7 @@ def test_replicas(tmp_path: Path, trials: Trials) -> None:
 # -- a process that dies ---------------------------------------------------------------------------
 
 OPTIONS = ["train", "--data=fake", "--model=digits_cnn", "--flops=0.4", "--scheme=spatial"]
-OPTIONS += ["--batch-size=64", "--checkpoint-every=2"]
+OPTIONS += ["--image-size=16", "--batch-size=64", "--checkpoint-every=2"]
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
