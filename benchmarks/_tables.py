@@ -209,6 +209,17 @@ def reliability(theme: str) -> Callable[[], str]:
     return table
 
 
+def mutation() -> str:
+    """How many mutants of each module the tests notice."""
+    rows = json.loads((DOCS.parent / "benchmarks/reliability/mutation.json").read_text())
+    lines = ["| module | noticed | of | places |", "|---|---|---|---|"]
+    lines += [
+        f"| `{row['module']}` | {row['killed']} | {row['tried']} | {row['places']} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
 PAGES = {
     "projection.md": {
         "projection": projection,
@@ -228,8 +239,9 @@ PAGES = {
     },
     "reliability.md": {
         theme: reliability(theme)
-        for theme in ("crashes", "resume", "files", "numbers", "long", "concurrency")
-    },
+        for theme in ("crashes", "resume", "files", "numbers", "long", "concurrency", "zoo")
+    }
+    | {"mutation": mutation},
 }
 
 
