@@ -28,13 +28,9 @@ from rankprune import latency
 from rankprune.recipes.config import make_config, to_yaml
 from rankprune.recipes.models import build_model
 from rankprune.runtimes import Run
-from runs import command_line, exit_code, in_child, records, torchrun, wait_for
+from runs import FORKS, command_line, exit_code, in_child, records, torchrun, wait_for
 
-pytestmark = [
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
-    # later Pythons warn of a fork beside threads
-    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
-]
+pytestmark = FORKS
 
 IMAGES = ("--data", "fake", "--image-size", "16")
 RUN = [

@@ -16,14 +16,9 @@ import rankprune as rp
 from cases import mlp
 from conftest import Trials
 from rankprune.latency import LatencyTable, Request
-from runs import equal, exit_code, in_child
+from runs import FORKS, equal, exit_code, in_child
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
-    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), *FORKS]
 
 
 def _start(*calls: Callable[[], Any]) -> list[int]:

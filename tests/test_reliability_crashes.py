@@ -25,15 +25,9 @@ from rankprune.files import is_temporary
 from rankprune.recipes.checkpoint import read_checkpoint, write_checkpoint
 from rankprune.recipes.config import TrainConfig
 from rankprune.recipes.run import load, preview, run
-from runs import command_line, equal, exit_code, in_child, records, wait_for
+from runs import FORKS, command_line, equal, exit_code, in_child, records, wait_for
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
-    # later Pythons warn of a fork beside threads
-    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), *FORKS]
 
 
 def _killed(child: int, after: float) -> bool:

@@ -20,9 +20,9 @@ from torch import nn
 
 import rankprune as rp
 from conftest import Trials
-from runs import equal, in_two_processes, torchrun, wait_for
+from runs import FORKS, equal, in_two_processes, torchrun, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), *FORKS]
 
 
 def _network() -> nn.Sequential:
