@@ -218,21 +218,32 @@ def cifar10(model: str, trained: bool) -> Callable[[], str]:
         rows = [r for r in rows if bool(r["epochs"]) == trained and r["method"] != "dense"]
         rows.sort(key=lambda r: (r["target"] or 0, r["epochs"], -r["accuracy"]))
         lines = [
-            "| asked for | method | FLOPs | accuracy | dense | decomposed − projected | epochs |",
-            "|---|---|---|---|---|---|---|",
+            "| asked for | method | FLOPs | accuracy (− dense) | decomposed − projected | epochs |",
+            "|---|---|---|---|---|---|",
         ]
         for row in rows:
             target = "" if row["target"] is None else f"{row['target']:g} ×"
             projected, dense = row["projected_accuracy"], row["dense_accuracy"]
+            lost = "" if projected is None else f"{row['accuracy'] - projected:.2f}"
+            below = "" if dense is None else f" ({row['accuracy'] - dense:+.2f})"
             lines.append(
                 f"| {target} | {row['method']} | {row['flops_reduction']:.2f} × "
-                f"| {row['accuracy']:.2f} | {'' if dense is None else dense} "
-                f"| {'' if projected is None else f'{row["accuracy"] - projected:.2f}'} "
-                f"| {row['epochs']} |"
+                f"| {row['accuracy']:.2f}{below} | {lost} | {row['epochs']} |"
             )
         return "\n".join(lines)
 
     return table
+
+
+def mutation() -> str:
+    """How many mutants of each module the tests notice."""
+    rows = json.loads((DOCS.parent / "benchmarks/reliability/mutation.json").read_text())
+    lines = ["| module | noticed | of | places |", "|---|---|---|---|"]
+    lines += [
+        f"| `{row['module']}` | {row['killed']} | {row['tried']} | {row['places']} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
 
 
 PAGES = {
@@ -258,8 +269,9 @@ PAGES = {
     },
     "reliability.md": {
         theme: reliability(theme)
-        for theme in ("crashes", "resume", "files", "numbers", "long", "concurrency")
-    },
+        for theme in ("crashes", "resume", "files", "numbers", "long", "concurrency", "zoo")
+    }
+    | {"mutation": mutation},
 }
 
 

@@ -13,10 +13,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 _WORLD = 2
+#: Marks of tests that fork, which need import nothing again.
+FORKS = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    # later Pythons warn of a fork beside threads
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+]
 
 
 def in_child(call: Callable[[], Any]) -> int:
@@ -24,14 +31,26 @@ def in_child(call: Callable[[], Any]) -> int:
     child = os.fork()
     if child:
         return child
-    code = 1
+    code: Any = 1
     try:
         call()
         code = 0
+    except SystemExit as end:
+        code = end.code or 0
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
+
+
+def command_line(*args: object) -> None:
+    """What `rankprune` does with these arguments, in this process."""
+    from rankprune.cli import main
+
+    sys.argv = ["rankprune", *map(str, args)]
+    main()
 
 
 def exit_code(child: int) -> int:
@@ -56,9 +75,7 @@ def torchrun(processes: int, *args: object, out: Path, restarts: int = 0) -> lis
     return [*command, "--out", str(out), "--json"]
 
 
-def _start(
-    rank: int, folder: str, worker: Callable[[int], Any], seconds: int, args: tuple[Any, ...]
-) -> None:
+def _start(rank: int, folder: str, worker: Callable[[int], Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     torch.distributed.init_process_group(
@@ -66,7 +83,7 @@ def _start(
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=_WORLD,
-        timeout=timedelta(seconds=seconds),
+        timeout=timedelta(minutes=3),  # a crowded machine may keep one of them waiting
     )
     try:
         torch.save(worker(rank, *args), f"{folder}/{rank}.pt")
@@ -75,11 +92,10 @@ def _start(
         torch.distributed.destroy_process_group()
 
 
-def in_two_processes(
-    folder: Path, worker: Callable[..., Any], *args: Any, seconds: int = 60
-) -> list[Any]:
-    """What a top-level function returns in each of two processes."""
-    torch.multiprocessing.spawn(_start, (str(folder), worker, seconds, args), nprocs=_WORLD)
+def in_two_processes(folder: Path, worker: Callable[..., Any], *args: Any) -> list[Any]:
+    """What a function returns in each of two forked processes."""
+    arguments = (str(folder), worker, args)
+    torch.multiprocessing.start_processes(_start, arguments, nprocs=_WORLD, start_method="fork")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(_WORLD)]
 
 

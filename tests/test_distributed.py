@@ -31,9 +31,10 @@ from rankprune import (
 )
 from rankprune.distributed import Team
 from rankprune.sharded import full_tensor, is_sharded, local_part
-from runs import equal, in_two_processes
+from runs import FORKS, equal, in_two_processes
 
 dist = torch.distributed
+pytestmark = FORKS
 # one more than is projected last, so that `finish` has something to do
 STEPS = 21
 WORLD = 2
@@ -439,7 +440,7 @@ def _failed(rank: int, kind: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["replicated", "sharded"])
 def test_the_owners_failure_is_everyones(tmp_path: Path, kind: str) -> None:
-    first, second = in_two_processes(tmp_path, _failed, kind, seconds=20)
+    first, second = in_two_processes(tmp_path, _failed, kind)
     for message in first:
         assert "failed in process 1" in message
     assert second == ["did not converge"] * 2
@@ -479,7 +480,7 @@ def _damaged(rank: int, kind: str, value: float) -> list[str]:
 @pytest.mark.parametrize("kind", ["replicated", "sharded"])
 def test_damage_in_one_process_is_named_in_all(tmp_path: Path, kind: str, value: float) -> None:
     name = "3.2" if kind == "sharded" else "2"
-    for messages in in_two_processes(tmp_path, _damaged, kind, value, seconds=20):
+    for messages in in_two_processes(tmp_path, _damaged, kind, value):
         assert len(messages) == 7
         for message in messages:
             assert f"layer {name!r}: the weight holds" in message

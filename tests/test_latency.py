@@ -6,8 +6,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from cases import TiedLinears, cnn_input, small_cnn
 from rankprune import ConfigError, FixedRank, LatencyTable, LayerSpec, Runtime, latency, make_plan
 from rankprune.factorize import low_rank_layers
 from rankprune.latency import DENSE, Clock, Request, default_cache, timings
+from runs import exit_code, in_child
 
 EAGER = Runtime(backend="eager", threads=1)
 SPEC = LayerSpec(kind="linear", in_channels=16, out_channels=16, bias=True)
@@ -312,36 +311,22 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert _file(tmp_path).is_relative_to(tmp_path / "own" / "latency")
 
 
-_WRITER = """
-import sys
-from rankprune import LatencyTable, LayerSpec, Runtime, latency
-from rankprune.latency import Request
-
-latency.measure = lambda calls, *_: {name: 1.0 + len(name) for name in calls}
-Runtime.prepare_chain = lambda self, specs, shape: None
-spec = LayerSpec(kind="linear", in_channels=64, out_channels=64, bias=True)
-for round in range(150):
-    table = LatencyTable(Runtime(backend="eager", threads=1), cache=sys.argv[1])
-    table.measure([Request(spec, (1, 64), {"linear": [1 + (7 * round + int(sys.argv[2])) % 64]})])
-    assert table.dense(spec, [(1, 64)]) == 6.0
-"""
-
-
-@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_several_processes_share_a_cache(tmp_path: Path) -> None:
     """Nobody ever reads half an entry; what one of them loses to another is measured again."""
-    writers = [
-        subprocess.Popen([sys.executable, "-W", "error", "-c", _WRITER, str(tmp_path), str(index)])
-        for index in range(4)
-    ]
-    seen = 0
-    while any(writer.poll() is None for writer in writers):
-        for path in tmp_path.rglob("*.json"):
-            assert json.loads(path.read_text())["milliseconds"][DENSE] == 6.0
-            seen += 1
-        time.sleep(0.002)
-    assert [writer.returncode for writer in writers] == [0] * 4
-    assert seen > 0
+
+    def fill(first: int) -> None:
+        for turn in range(150):
+            rank = 1 + (7 * turn + first) % 64
+            table = _table(tmp_path)
+            table.measure([Request(SPEC, SHAPE, {"linear": [rank]})])
+            assert table.dense(SPEC, [SHAPE]) == pytest.approx(0.544)
+            for path in tmp_path.rglob("*.json"):
+                json.loads(path.read_text())
+
+    children = [in_child(lambda first=first: fill(first)) for first in range(4)]  # type: ignore[misc]
+    assert [exit_code(child) for child in children] == [0] * 4
     assert len(json.loads(_file(tmp_path).read_text())["milliseconds"]) > 10
 
 

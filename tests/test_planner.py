@@ -44,7 +44,9 @@ from rankprune import (
     plan_of,
     profile,
 )
-from rankprune.planner import round_rank
+from rankprune.planner import _grid, _LayerOption, round_rank
+from rankprune.schemes import applicable
+from rankprune.survey import survey
 
 INF, NAN = math.inf, math.nan
 
@@ -286,6 +288,11 @@ def test_a_layer_config_checks_its_rank(rank: Any) -> None:
         LayerConfig(rank=rank)
 
 
+def test_options_are_given_by_name() -> None:
+    with pytest.raises(TypeError):
+        LayerConfig(3)  # type: ignore[misc]
+
+
 def test_a_layer_config_with_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(ConfigError, match="did you mean 'linear'"):
         make_plan(_stack(), Ratio(0.5), overrides={"0": LayerConfig(scheme="linaer")})
@@ -407,8 +414,29 @@ def test_an_empty_budget_is_refused() -> None:
 
 
 def test_a_flops_budget_needs_inputs() -> None:
-    with pytest.raises(ConfigError, match="needs example_inputs"):
+    with pytest.raises(ConfigError, match="a FLOPs budget needs example_inputs"):
         make_plan(small_cnn(), Budget(flops=0.5))
+
+
+@pytest.mark.parametrize("multiple_of", [1, 3])
+@pytest.mark.parametrize("width", [24, 120, 320])
+def test_a_budget_chooses_among_evenly_spread_ranks_that_pay(width: int, multiple_of: int) -> None:
+    """At most 64 of them, up to the largest, each at the loss of its energy."""
+    model, x = nn.Sequential(nn.Conv2d(width, width, 3, stride=2)), torch.zeros(1, width, 9, 9)
+    (site,) = survey(model, profile(model, x))
+    assert site.spec is not None
+    for scheme in applicable(site.spec, "auto")[0]:
+        layer = _LayerOption(site, scheme)
+        paying = [
+            rank
+            for rank in range(multiple_of, layer.max_rank + 1, multiple_of)
+            if not layer.guarded(layer.at(rank, "", None)).dense
+        ]
+        stride = max(1, math.ceil(len(paying) / 64))
+        options = list(_grid(layer, multiple_of))
+        assert [option.layer.rank for option in options] == paying[stride - 1 :: stride]
+        for option in options:
+            assert option.loss == pytest.approx(1 - (option.layer.energy or 0))
 
 
 def test_the_same_model_gets_the_same_plan() -> None:

@@ -158,6 +158,16 @@ def test_rules_read_no_more_than_they_say(
         assert rule.reads == "all"
 
 
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+@pytest.mark.parametrize(
+    "rule", [Energy(0.9), EVBMF(), StableRank(), Threshold(0.5, relative=True)]
+)
+def test_values_whose_squares_fp64_does_not_hold(rule: RankRule, size: float) -> None:
+    for values in ([3.0, 2.0, 1.0], [9.0, 8.0, 7.0, 1e-3, 1e-3, 1e-3]):
+        sized = _spectrum([size * value for value in values])
+        assert rule.select(sized) == rule.select(_spectrum(values))
+
+
 def test_leading_values_have_their_share_of_the_total() -> None:
     leading = Spectrum(GROUPS.values[:, :2], GROUPS.shape, GROUPS.values.square().sum(1))
     assert torch.equal(leading.squares()[1], torch.tensor([16.0, 3.0], dtype=torch.float64))

@@ -16,14 +16,9 @@ import rankprune as rp
 from cases import mlp
 from conftest import Trials
 from rankprune.latency import LatencyTable, Request
-from runs import equal, exit_code, in_child
+from runs import FORKS, equal, exit_code, in_child
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
-    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), *FORKS]
 
 
 def _start(*calls: Callable[[], Any]) -> list[int]:
@@ -55,31 +50,33 @@ def test_readers_and_writers(tmp_path: Path, trials: Trials) -> None:
     states = [model.state_dict() for model in models]
     rp.save(models[0], tmp_path)
     rounds = 300 if trials.full else 60
-    report, stop = tmp_path.parent / "seen", tmp_path.parent / "stop"
-    report.mkdir()
+    notes = tmp_path.parent / "notes"
+    notes.mkdir()
 
     def write(model: nn.Module) -> None:
-        for _ in range(rounds):
+        for saves in range(100 * rounds):
+            # as long as it takes for both readers to have met at least two of the models
+            if saves >= rounds and len(list(notes.glob("met*"))) == 2:
+                break
             rp.save(model, tmp_path, overwrite=True)
 
     def read(name: str) -> None:
         seen = [0] * len(models)
-        while not stop.exists():
+        while not (notes / "stop").exists():
             seen[_which(tmp_path, states)] += 1
-        (report / name).write_text(" ".join(map(str, seen)))
+            if sum(count > 0 for count in seen) == 2:
+                (notes / f"met{name}").touch()
+        (notes / f"loads{name}").write_text(str(sum(seen)))
 
     writers = _start(*(lambda model=model: write(model) for model in models))  # type: ignore[misc]
     readers = _start(lambda: read("0"), lambda: read("1"))
     try:
         _end(writers)
     finally:
-        stop.touch()
+        (notes / "stop").touch()
         _end(readers)
-    loads = 0
-    for path in report.iterdir():
-        seen = list(map(int, path.read_text().split()))
-        assert sum(count > 0 for count in seen) >= 2, seen
-        loads += sum(seen)
+    assert len(list(notes.glob("met*"))) == 2
+    loads = sum(int(path.read_text()) for path in notes.glob("loads*"))
     trials.tried = trials.held = loads + 3 * rounds
     assert _which(tmp_path, states) in range(3)
     assert len(list(tmp_path.iterdir())) == 2

@@ -10,7 +10,6 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,15 +25,9 @@ from rankprune.files import is_temporary
 from rankprune.recipes.checkpoint import read_checkpoint, write_checkpoint
 from rankprune.recipes.config import TrainConfig
 from rankprune.recipes.run import load, preview, run
-from runs import equal, exit_code, in_child, records, wait_for
+from runs import FORKS, command_line, equal, exit_code, in_child, records, wait_for
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
-    # later Pythons warn of a fork beside threads
-    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), *FORKS]
 
 
 def _killed(child: int, after: float) -> bool:
@@ -66,17 +59,16 @@ def test_save(tmp_path: Path, trials: Trials) -> None:
         for turn in range(10**6):
             rp.save(models[turn % 2], tmp_path, overwrite=True)
 
-    chance, left_behind = random.Random(0), 0
-    for _ in trials.count(100, 20):
+    chance, left_behind, wanted = random.Random(0), False, len(trials.count(100, 20))
+    while trials.tried < wanted or not left_behind:  # until a kill has hit a save that was writing
         with trials.one():
             assert _killed(in_child(save_by_turns), chance.uniform(0, 0.05))
-            left_behind += bool(_temporaries(tmp_path))
+            left_behind |= bool(_temporaries(tmp_path))
             state = rp.load(mlp(), tmp_path).state_dict()
             assert any(equal(state, saved) for saved in states)
             rp.save(models[0], tmp_path, overwrite=True)
             assert equal(rp.load(mlp(), tmp_path).state_dict(), states[0])
             assert len(list(tmp_path.iterdir())) == 2
-    assert left_behind, "no kill has hit a save that was writing"
 
 
 def test_checkpoint(tmp_path: Path, trials: Trials) -> None:
@@ -105,6 +97,7 @@ def test_checkpoint(tmp_path: Path, trials: Trials) -> None:
 
 OPTIONS: dict[str, Any] = {
     "data": "fake",
+    "image_size": 16,
     "model": "digits_cnn",
     "scheme": "spatial",
     "flops": 0.4,
@@ -159,23 +152,14 @@ def test_training(tmp_path: Path, trials: Trials) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals(number: signal.Signals, tmp_path: Path, trials: Trials) -> None:
     """SIGINT and SIGTERM in a training run: a checkpoint, exit 130 or 143."""
-    from rankprune.cli import main
-
     options = OPTIONS | {"epochs": 100, "checkpoint_every": 1000, "baseline": False}
     words = [f"--{key.replace('_', '-')}={value}" for key, value in options.items() if value]
-
-    def train(out: Path) -> None:
-        sys.argv = ["rankprune", "train", *words, "--out", str(out)]
-        try:
-            main()
-        except SystemExit as end:
-            os._exit(int(end.code or 0))
 
     chance = random.Random(3)
     for attempt in trials.count(10, 2):
         out = tmp_path / str(attempt)
         with trials.one():
-            child = in_child(lambda out=out: train(out))  # type: ignore[misc]
+            child = in_child(lambda out=out: command_line("train", *words, "--out", out))  # type: ignore[misc]
             alive = functools.partial(os.waitpid, child, os.WNOHANG)
             wait_for(out / "checkpoint.pt", lambda alive=alive: alive() == (0, 0))  # type: ignore[misc]
             time.sleep(chance.uniform(0, 0.5))

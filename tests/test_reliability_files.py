@@ -237,10 +237,10 @@ def test_exploits_in_yaml(tmp_path: Path, trials: Trials) -> None:
     for text in texts:
         path.write_text(text)
         with trials.one():
-            begin = time.perf_counter()
+            begin = time.process_time()
             with pytest.raises((rp.FileError, rp.ConfigError)):
                 make_config({"model": "digits_cnn", "flops": 0.5, "data": "fake"} | read_yaml(path))
-            assert time.perf_counter() - begin < 5  # PyYAML takes its time over deep nesting
+            assert time.process_time() - begin < 5  # PyYAML takes its time over deep nesting
             assert not trace.exists()
 
 
@@ -262,10 +262,10 @@ def readers(saved: Path, tmp_path: Path) -> dict[Path, Callable[[], Any]]:
 
 def _refused(path: Path, content: bytes | bytearray, read: Callable[[], Any]) -> None:
     path.write_bytes(content)
-    begin = time.perf_counter()
+    begin = time.process_time()  # others' turns on a crowded machine are no delay of ours
     with pytest.raises(rp.RankPruneError) as caught:
         read()
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
     assert path.name in str(caught.value)
     assert isinstance(caught.value, (rp.FileError, rp.PlanError))
 
@@ -358,10 +358,10 @@ def test_declared_sizes(saved: Path, trials: Trials) -> None:
 
 
 def _bounded(read: Callable[[], Any]) -> None:
-    begin, before = time.perf_counter(), _forget_peak()
+    begin, before = time.process_time(), _forget_peak()
     with pytest.raises((rp.FileError, rp.PlanError)):
         read()
-    assert time.perf_counter() - begin < 1
+    assert time.process_time() - begin < 1
     assert _more_than(before) < 64 * 2**20
 
 

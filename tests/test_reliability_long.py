@@ -20,9 +20,9 @@ from torch import nn
 
 import rankprune as rp
 from conftest import Trials
-from runs import equal, in_two_processes, torchrun, wait_for
+from runs import FORKS, equal, in_two_processes, torchrun, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), *FORKS]
 
 
 def _network() -> nn.Sequential:
@@ -112,7 +112,7 @@ def test_replicas(tmp_path: Path, trials: Trials) -> None:
 # -- a process that dies ---------------------------------------------------------------------------
 
 OPTIONS = ["train", "--data=fake", "--model=digits_cnn", "--flops=0.4", "--scheme=spatial"]
-OPTIONS += ["--batch-size=64", "--checkpoint-every=2"]
+OPTIONS += ["--image-size=16", "--batch-size=64", "--checkpoint-every=2"]
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",

@@ -215,6 +215,7 @@ def test_command(tmp_path: Path, trials: Trials) -> None:
     """`rankprune train`: stopped at every 5th of 60 steps, resumed with other workers."""
     options = TrainConfig(
         data="fake",
+        image_size=8,
         model="digits_cnn",
         flops=0.4,
         every=4,

@@ -1,12 +1,12 @@
 """Mutation testing of the modules that decide what a network becomes; the score is kept.
 
     .venv/bin/python -m pip install cosmic-ray
-    .venv/bin/python benchmarks/reliability/mutate.py [--sample 40] [--jobs 2] [MODULE …]
+    .venv/bin/python benchmarks/reliability/mutate.py [--sample 40] [--jobs 2] [--again] [MODULE …]
 
 cosmic-ray lists the mutants. A sample of places is drawn for each module (one mutant a place, a
 fixed seed, none in annotations, which are never run), and the tests of `TESTS` run against each in
 a copy of the tree: the module's own file first, until one fails. `mutation.json` keeps the score
-and every mutant that no test noticed.
+and every mutant that no test noticed; with `--again` only those are tried once more.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ TESTS = {
     "schemes": ["test_schemes.py", "test_factorize.py"],
     "linalg": ["test_linalg.py"],
     "ranks": ["test_ranks.py"],
-    "planner": ["test_planner.py"],
+    "planner": ["test_planner.py", "test_budget.py"],
     "factorize": ["test_factorize.py", "test_layers.py"],
 }
 CONFIG = """[cosmic-ray]
 module-path = "src/rankprune/{module}.py"
-timeout = 300.0
+timeout = 1200.0
 excluded-modules = []
 test-command = "{command}"
 [cosmic-ray.distributor]
@@ -81,6 +81,17 @@ def draw(session: Path, source: str, sample: int) -> int:
     return len(places)
 
 
+def redraw(session: Path, lines: list[str], survivors: list[dict[str, Any]]) -> None:
+    """Leave the mutants of the lines and operators of earlier survivors to be run."""
+    wanted = {(mutant["source"], mutant["operator"]) for mutant in survivors}
+    with use_db(session, WorkDB.Mode.open) as db:
+        for item in list(db.pending_work_items):
+            spec = item.mutations[0]
+            place = lines[spec.start_pos[0] - 1].strip(), spec.operator_name.rpartition("/")[2]
+            if place not in wanted:
+                db.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
+
+
 def described(spec: MutationSpec, result: WorkResult, lines: list[str]) -> dict[str, Any]:
     """One surviving mutant: the line as it is, and as it was changed."""
     line = spec.start_pos[0]
@@ -93,8 +104,8 @@ def described(spec: MutationSpec, result: WorkResult, lines: list[str]) -> dict[
     }
 
 
-def mutated(module: str, sample: int) -> dict[str, Any]:
-    """The row of one module: its sample is run in a copy of the tree."""
+def mutated(module: str, sample: int, earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """The row of one module: its sample, or what survived earlier, is run in a copy of the tree."""
     start = time.perf_counter()
     tests = sorted(TESTS[module]) + sorted(
         {t for ts in TESTS.values() for t in ts} - {*TESTS[module]}
@@ -124,20 +135,32 @@ def mutated(module: str, sample: int) -> dict[str, Any]:
         run("baseline")
         run("init", "session.sqlite")
         source = (folder / "src/rankprune" / f"{module}.py").read_text()
-        places = draw(folder / "session.sqlite", source, sample)
+        lines = source.splitlines()
+        if earlier:
+            redraw(folder / "session.sqlite", lines, earlier["survivors"])
+        else:
+            places = draw(folder / "session.sqlite", source, sample)
         run("exec", "session.sqlite")
         with use_db(folder / "session.sqlite", WorkDB.Mode.open) as db:
             specs = {item.job_id: item.mutations[0] for item in db.work_items}
             results = [(specs[job], result) for job, result in db.results]
     tried = [(s, r) for s, r in results if r.worker_outcome == WorkerOutcome.NORMAL]
-    alive = [(s, r) for s, r in tried if r.test_outcome == TestOutcome.SURVIVED]
+    if earlier:
+        known = [(mutant["source"], mutant["mutant"]) for mutant in earlier["survivors"]]
+        found = [(described(s, r, lines), r.test_outcome) for s, r in tried]
+        found = [(m, outcome) for m, outcome in found if (m["source"], m["mutant"]) in known]
+        alive = [mutant for mutant, outcome in found if outcome == TestOutcome.SURVIVED]
+        # the source may have lost some
+        count = earlier["tried"] - len(known) + len(found)
+        return earlier | {"tried": count, "killed": count - len(alive), "survivors": alive}
+    alive = [described(s, r, lines) for s, r in tried if r.test_outcome == TestOutcome.SURVIVED]
     return {
         "module": module,
         "places": places,
         "tried": len(tried),
         "killed": len(tried) - len(alive),
         "seconds": round(time.perf_counter() - start),
-        "survivors": [described(s, r, source.splitlines()) for s, r in alive],
+        "survivors": alive,
     }
 
 
@@ -146,10 +169,16 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", default=list(TESTS), help="default: all")
     parser.add_argument("--sample", type=int, default=40, help="places tried in each module")
     parser.add_argument("--jobs", type=int, default=2, help="modules at a time")
+    parser.add_argument("--again", action="store_true", help="only what survived the last time")
     options = parser.parse_args()
+
+    def one(module: str) -> dict[str, Any]:
+        earlier = {row["module"]: row for row in json.loads(RESULTS.read_text())}
+        return mutated(module, options.sample, earlier[module] if options.again else None)
+
     with ThreadPoolExecutor(options.jobs) as pool:
-        for row in pool.map(lambda module: mutated(module, options.sample), options.modules):
-            kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+        for row in pool.map(one, options.modules):
+            kept = json.loads(RESULTS.read_text())
             kept = [old for old in kept if old["module"] != row["module"]] + [row | conditions()]
             kept.sort(key=lambda row: list(TESTS).index(row["module"]))
             RESULTS.write_text(json.dumps(kept, indent=1) + "\n")

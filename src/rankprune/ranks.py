@@ -237,7 +237,7 @@ def _evb_ranks(spectrum: Spectrum) -> Tensor:
     x_bar = (1 + tau_bar) * (1 + alpha / tau_bar)
     squares = spectrum.squares()[0].double()  # [batch, small]
     # bounds of the noise variance; at most `most` components can be signal
-    most = min(math.ceil(small / (1 + alpha)) - 1, small - 1)
+    most = math.ceil(small / (1 + alpha)) - 1
     upper = squares.sum(1) / (small * large)
     tail = squares[:, most:]
     lower = torch.maximum(tail[:, 0] / (large * x_bar), tail.mean(1) / large)
