@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils._pytree import tree_map_only
 
 from rankprune.calibrate import Stats, check_stats
-from rankprune.errors import NumericsError, PlanError, naming, near
+from rankprune.errors import ConfigError, NumericsError, PlanError, naming, near
 from rankprune.layers import LayerSpec
 from rankprune.linalg import Decomposition, check_finite
 from rankprune.moments import Moment
@@ -191,7 +191,39 @@ def factorize(
         _factorize_layer(model, entry, moment)
         if moment is not None and moment.centred:
             _keep_mean(model, entry, before, moment, stats.norms.get(entry.name))
+    for module in model.modules() if plan.factorized else ():
+        if hasattr(module, "save_pretrained") and getattr(module, "hf_quantizer", None) is None:
+            # mypy knows no such attribute of a module
+            setattr(module, "hf_quantizer", Unprepared())  # noqa: B010
     return model
+
+
+class Unprepared:
+    """Stands where transformers looks before it saves a model, and lets it save none.
+
+    It would write the factors without the plan, and load random weights in their place. Adapters
+    are saved alone, and may be.
+    """
+
+    is_compileable = is_trainable = True
+
+    def get_state_dict_and_metadata(
+        self, model: nn.Module
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """What transformers picks the adapters' weights from."""
+        return model.state_dict(), {}
+
+    @property
+    def quantization_config(self) -> Any:
+        """What transformers asks for to say that the model cannot be saved.
+
+        Raises:
+            ConfigError: always; it tells what to do.
+        """
+        raise ConfigError(
+            "a factorised model is saved by transformers after "
+            "rankprune.integrations.huggingface.prepare(model); rankprune.save saves it as it is"
+        )
 
 
 def factor_skeleton(model: nn.Module, layers: Iterable[LayerPlan]) -> None:
@@ -232,6 +264,9 @@ def defactorize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             _set(dense, "bias", bias.detach(), bias)
         dense.train(low_rank.training)
         swap(model, name, dense)
+    for module in model.modules():
+        if isinstance(getattr(module, "hf_quantizer", None), Unprepared):
+            del module.hf_quantizer
     return model
 
 
