@@ -176,7 +176,7 @@ def by_kept(model: str) -> Callable[[], str]:
 
 def efficientnet() -> str:
     rows = [r for r in _pretrained() if r["model"] == "EfficientNet-Lite0"]
-    methods = ("svd", "svd+bn", "aware+bn", "sensitive+bn")
+    methods = ("svd", "svd+bn", "aware+bn", "sensitive+bn", "distilled")
     lines = ["| FLOPs | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
     for flops in sorted({row["flops"] for row in rows}, reverse=True):
         cells = []

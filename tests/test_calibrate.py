@@ -205,6 +205,26 @@ def test_a_batchnorm_that_is_not_alone_with_a_layer_is_left() -> None:
     assert len(plan.factorized) == 3
 
 
+def test_a_batchnorm_behind_an_activation_in_place_is_left() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.ReLU(inplace=True), nn.BatchNorm2d(4))
+    stats = rp.calibrate(model, images(1))
+    assert not stats.norms
+    assert not stats.moments["0"].centred
+
+
+def test_a_batchnorm_that_several_layers_share_is_left() -> None:
+    norm = nn.BatchNorm2d(3)
+    layers = [nn.Conv2d(3, 3, 1, bias=False) for _ in range(2)]
+    stats = rp.calibrate(nn.Sequential(layers[0], norm, layers[1], norm), images(1))
+    assert not stats.norms
+
+
+def test_a_layer_whose_output_goes_to_a_batchnorm_only_at_times_is_left() -> None:
+    layer = nn.Conv2d(3, 3, 1, bias=False)
+    stats = rp.calibrate(nn.Sequential(layer, nn.BatchNorm2d(3), layer, nn.ReLU()), images(1))
+    assert not stats.norms
+
+
 def test_better_outputs_than_without() -> None:
     model = convnet().eval()
     stats = rp.calibrate(model, images(30, seed=1))

@@ -301,6 +301,50 @@ def test_a_weight_that_is_only_looked_at_is_not_multiplied_out(
 # -- plans of parts and wholes ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("dims", "scheme"),
+    [(1, "channel"), (1, "decoupled"), (2, "spatial"), (2, "decoupled"), (3, "channel")],
+)
+def test_a_transposed_convolution_can_be_asked_for_a_size(dims: int, scheme: str) -> None:
+    kinds = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+    # an axis that only one factor changes by padding, where there is one
+    kernel, stride, padding = (3, 1, 2)[:dims], (2, 1, 3)[:dims], (1, 1, 0)[:dims]
+    dense = kinds[dims](4, 6, kernel, stride, padding)
+    model = nn.Sequential(dense)
+    compact = factorize(model, make_plan(model, Ratio(1.0), scheme=scheme, guard=False))[0]
+    assert isinstance(compact, LowRank)
+    x = torch.randn(2, 4, *(5, 7, 3)[:dims])
+    for size in ((9, 5, 8)[:dims], (10, 5, 10)[:dims]):
+        for wanted in (size, (2, 6, *size)):
+            with torch.no_grad():
+                assert relative_error(compact(x, wanted), dense(x, wanted)) <= 1e-5
+    with pytest.raises(ValueError, match="requested an output size"):
+        compact(x, (99,) * dims)
+
+
+def test_hooks_go_over_to_the_factors_and_back() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    seen: list[str] = []
+    handles = [
+        model[0].register_forward_pre_hook(lambda *_: seen.append("before")),
+        model[0].register_forward_hook(lambda *_, **__: seen.append("after"), with_kwargs=True),
+        model[0].register_full_backward_hook(lambda *_: seen.append("backward")),
+    ]
+    factorize(model, make_plan(model, FixedRank(2), guard=False), inplace=True)
+    assert isinstance(model[0], LowRank)
+    everything = ["before", "after", "backward"]
+    x = torch.randn(2, 8, requires_grad=True)
+    model(x).sum().backward()
+    assert seen == everything
+    copied = defactorize(model)
+    copied(x).sum().backward()
+    assert seen == everything * 2
+    for handle in handles:
+        handle.remove()
+    model(x).sum().backward()
+    assert seen == everything * 2
+
+
 def test_plan_of_is_the_plan_that_it_was_made_with() -> None:
     for build in (small_cnn, TiedLinears, TiedConvs, SharedModule):
         model = _built(build)

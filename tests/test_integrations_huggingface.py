@@ -23,7 +23,7 @@ from rankprune import (
     plan_of,
     save,
 )
-from rankprune.factorize import LowRank, low_rank_layers
+from rankprune.factorize import low_rank_layers
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -370,6 +370,56 @@ def test_the_encoder_alone_where_only_the_decoder_was_factorised(tmp_path: Path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
+@pytest.mark.parametrize("part", ["vision_model", "text_model"])
+def test_one_half_of_clip(part: str, compact: Callable[[str], Any], tmp_path: Path) -> None:
+    whole = compact("clip")
+    whole.save_pretrained(tmp_path / "clip")
+    expected = getattr(whole, part)
+    half, info = type(expected).from_pretrained(tmp_path / "clip", output_loading_info=True)
+    assert low_rank_layers(half)
+    assert _same(half, expected)
+    assert not info["missing_keys"]
+    half.save_pretrained(tmp_path / "half")
+    assert _same(type(expected).from_pretrained(tmp_path / "half"), expected)
+
+
+def test_factors_that_two_layers_share(tmp_path: Path) -> None:
+    dense = _bert("BertModel")
+    shared = [layer.attention.self for layer in dense.encoder.layer]
+    shared[0].query.weight = shared[0].key.weight = shared[1].value.weight
+    compact = prepare(_factorized(dense))
+    compact.save_pretrained(tmp_path / "one")
+    for kind in (AutoModel, AutoModelForSequenceClassification):
+        model = kind.from_pretrained(tmp_path / "one")
+        base = getattr(model, "bert", model)
+        assert _same(base, compact)
+        assert plan_of(base) == plan_of(compact)
+        layers = [layer.attention.self for layer in base.encoder.layer]
+        for index in (0, 1):
+            assert layers[0].query[index].weight is layers[1].value[index].weight
+            assert layers[0].key[index].weight is layers[1].value[index].weight
+    model.save_pretrained(tmp_path / "two")
+    assert _same(AutoModel.from_pretrained(tmp_path / "two"), compact)
+
+
+def test_layers_that_transformers_ties_itself(tmp_path: Path) -> None:
+    class Twins(transformers.BertModel):
+        _tied_weights_keys = {  # noqa: RUF012
+            f"encoder.layer.1.{key}": f"encoder.layer.0.{key}"
+            for key in ("attention.self.query.weight", "attention.self.query.bias")
+        }
+
+    config = transformers.BertConfig(**TEXT, tie_word_embeddings=True)
+    compact = prepare(_factorized(Twins(config)))
+    first, second = (layer.attention.self.query for layer in compact.encoder.layer)
+    assert first[0].weight is second[0].weight
+    compact.save_pretrained(tmp_path)
+    model = Twins.from_pretrained(tmp_path)
+    assert _same(model, compact)
+    first, second = (layer.attention.self.query for layer in model.encoder.layer)
+    assert first[0].weight is second[0].weight
+
+
 def test_a_model_that_lacks_a_planned_layer(bert: Path) -> None:
     with pytest.raises(PlanError, match=r"layer 'bert\.pooler\.dense' is not in the model"):
         transformers.BertForMaskedLM.from_pretrained(bert)
@@ -485,11 +535,24 @@ def test_a_quantised_model(compact: Callable[[str], Any]) -> None:
         prepare(model)
 
 
-def test_factors_that_two_layers_share() -> None:
-    dense = _bert("BertModel")
-    attention = dense.encoder.layer[0].attention.self
-    attention.query.weight = attention.key.weight
-    compact = _factorized(dense)
-    assert isinstance(compact.encoder.layer[0].attention.self.key, LowRank)
-    with pytest.raises(PlanError, match=r"self\.query' and '.*self\.key' share one weight"):
-        prepare(compact)
+def test_a_model_that_was_not_prepared_is_not_saved(tmp_path: Path) -> None:
+    """Transformers would load random weights in the factors' place."""
+    model = _factorized(_clip())
+    for part in (model, model.vision_model):
+        with pytest.raises(ConfigError, match=r"after .*prepare\(model\)"):
+            part.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    defactorize(model).save_pretrained(tmp_path / "dense")
+    prepare(model).save_pretrained(tmp_path / "compact")
+    assert _same(type(model).from_pretrained(tmp_path / "compact"), model)
+
+
+def test_a_model_that_was_not_prepared_generates() -> None:
+    model = _factorized(_llama())
+    assert model.generate(IDS, max_new_tokens=2, do_sample=False).shape == (1, IDS.shape[1] + 2)
+
+
+def test_adapters_of_a_model_that_was_not_prepared_are_saved() -> None:
+    model = _factorized(_bert("BertModel"))
+    state, _ = model.hf_quantizer.get_state_dict_and_metadata(model)
+    assert state.keys() == model.state_dict().keys()

@@ -478,8 +478,11 @@ def test_a_model_without_layers_says_why(model: nn.Module, complaint: str) -> No
 def test_weights_on_the_meta_device_have_no_spectrum() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(32, 32))
-    with pytest.raises(LayerError, match="layer '0': its weight is on the meta device"):
+    refused = "layer '0': its weight is on the meta device"
+    with pytest.raises(LayerError, match=refused):
         make_plan(model, Energy(0.9))
+    with pytest.raises(LayerError, match=refused):
+        factorize(model, make_plan(nn.Sequential(nn.Linear(32, 32)), FixedRank(4)))
 
 
 @pytest.mark.parametrize("rank", [0.5, 4, "energy", None, Energy])

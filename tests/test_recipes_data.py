@@ -11,7 +11,9 @@ from PIL import Image
 
 from rankprune.errors import ConfigError, FileError
 from rankprune.recipes.batches import eval_batches, steps_per_epoch, train_batches
+from rankprune.recipes.config import TrainConfig
 from rankprune.recipes.data import FileImages, ImageData, MemoryImages, Subset, decode, load_data
+from rankprune.recipes.run import load
 
 
 def write_folder(root: Path, sizes: list[tuple[int, int]], parts: tuple[str, ...]) -> Path:
@@ -156,12 +158,26 @@ def test_val_and_test_are_used_as_they_are(tmp_path: Path) -> None:
     assert (len(data.train), len(data.val), len(data.test)) == (10, 10, 10)
 
 
+def test_a_folder_of_classes_without_parts(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [(8, 8)] * 5, ("",))
+    data = load_data(f"imagefolder:{folder}")
+    assert data.train is data.val is data.test
+    assert (len(data.test), data.classes) == (10, ("cat", "dog"))
+    config = TrainConfig(data=f"imagefolder:{folder}", model="digits_cnn")
+    with pytest.raises(ConfigError, match="tested with the images it has seen"):
+        load(config)
+
+
 def test_bad_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="no such folder"):
         load_data(f"imagefolder:{tmp_path / 'none'}")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileError, match="expected train"):
         load_data(f"imagefolder:{tmp_path / 'empty'}")
+    for parts in (("val",), ("train",), ("val", "test")):
+        lacking = write_folder(tmp_path / "-".join(parts), [(8, 8)], parts)
+        with pytest.raises(FileError, match="expected train"):
+            load_data(f"imagefolder:{lacking}")
     hollow = tmp_path / "hollow"
     for part in ("train/cat", "test/cat"):
         (hollow / part).mkdir(parents=True)

@@ -51,7 +51,8 @@ def keep(row: dict[str, Any]) -> None:
     """Add a row to the results, in place of an older one of the same case; print it."""
     row |= conditions()
     print(json.dumps(row), flush=True)
-    case = ("model", "method", "kept_params", "flops", "metric")
+    # what was asked for: of a budget in FLOPs the parameters are a result
+    case = ("model", "method", "metric", "flops" if "flops" in row else "kept_params")
     with open(RESULTS, "a+") as stream:  # several benchmarks may run at the same time
         fcntl.flock(stream, fcntl.LOCK_EX)
         stream.seek(0)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils._pytree import tree_map_only
 
 from rankprune.calibrate import Stats, check_stats
-from rankprune.errors import NumericsError, PlanError, naming, near
+from rankprune.errors import ConfigError, NumericsError, PlanError, naming, near
 from rankprune.layers import LayerSpec
 from rankprune.linalg import Decomposition, check_finite
 from rankprune.moments import Moment
@@ -22,6 +23,18 @@ from rankprune.profile import count_params
 from rankprune.schemes import SCHEMES
 from rankprune.survey import tensor_key
 from rankprune.whitening import Whitened
+
+# what torch keeps of a module's hooks
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
 
 
 class LowRank(nn.Sequential):
@@ -37,6 +50,17 @@ class LowRank(nn.Sequential):
 
     def extra_repr(self) -> str:
         return f"scheme={self.layer.scheme}, rank={self.layer.rank}"
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """As the dense layer: only transposed convolutions are asked for an output size."""
+        if output_size is None:
+            return super().forward(input)
+        for factor in self:
+            if isinstance(factor, _ConvTransposeNd):
+                input = factor(input, _own_size(factor, input, output_size))
+            else:
+                input = factor(input)
+        return input
 
     @property
     def weight(self) -> Tensor:
@@ -71,6 +95,16 @@ class LowRank(nn.Sequential):
         working = first.dtype if first.dtype == torch.float64 else torch.float32
         left, right = scheme.factor_matrices(spec, first.to(working), second.to(working))
         return scheme.from_matrix(spec, left @ right).to(first.dtype)
+
+
+def _own_size(factor: _ConvTransposeNd, input: Tensor, wanted: Sequence[int]) -> list[int]:
+    """What is wanted along the axes that this factor changes; the others stay as they are."""
+    here = input.shape[-len(factor.stride) :]
+    axes = zip(factor.kernel_size, factor.stride, factor.padding, strict=True)
+    return [
+        side if axis == (1, 1, 0) else size
+        for side, size, axis in zip(here, wanted[-len(here) :], axes, strict=True)
+    ]
 
 
 class ReadWeight(Tensor):
@@ -157,7 +191,39 @@ def factorize(
         _factorize_layer(model, entry, moment)
         if moment is not None and moment.centred:
             _keep_mean(model, entry, before, moment, stats.norms.get(entry.name))
+    for module in model.modules() if plan.factorized else ():
+        if hasattr(module, "save_pretrained") and getattr(module, "hf_quantizer", None) is None:
+            # mypy knows no such attribute of a module
+            setattr(module, "hf_quantizer", Unprepared())  # noqa: B010
     return model
+
+
+class Unprepared:
+    """Stands where transformers looks before it saves a model, and lets it save none.
+
+    It would write the factors without the plan, and load random weights in their place. Adapters
+    are saved alone, and may be.
+    """
+
+    is_compileable = is_trainable = True
+
+    def get_state_dict_and_metadata(
+        self, model: nn.Module
+    ) -> tuple[dict[str, Any], dict[str, str]]:
+        """What transformers picks the adapters' weights from."""
+        return model.state_dict(), {}
+
+    @property
+    def quantization_config(self) -> Any:
+        """What transformers asks for to say that the model cannot be saved.
+
+        Raises:
+            ConfigError: always; it tells what to do.
+        """
+        raise ConfigError(
+            "a factorised model is saved by transformers after "
+            "rankprune.integrations.huggingface.prepare(model); rankprune.save saves it as it is"
+        )
 
 
 def factor_skeleton(model: nn.Module, layers: Iterable[LayerPlan]) -> None:
@@ -198,6 +264,9 @@ def defactorize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             _set(dense, "bias", bias.detach(), bias)
         dense.train(low_rank.training)
         swap(model, name, dense)
+    for module in model.modules():
+        if isinstance(getattr(module, "hf_quantizer", None), Unprepared):
+            del module.hf_quantizer
     return model
 
 
@@ -358,8 +427,11 @@ def _set(module: nn.Module, name: str, values: Tensor, like: nn.Parameter) -> No
 
 
 def swap(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Replace a module at every place where the model holds it."""
+    """Replace a module at every place where the model holds it; hooks go over to the new one."""
     old = model.get_submodule(name)
+    for kind in _HOOKS:
+        # the very same mapping, by which its handles remove a hook
+        setattr(new, kind, getattr(old, kind))
     for parent in model.modules():
         for child, module in list(parent._modules.items()):
             if module is old:

@@ -44,7 +44,17 @@ class Truncated(NamedTuple):
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
-    """Raise `NumericsError` that names the layer where a weight holds NaN or infinity."""
+    """Refuse a weight that holds NaN or infinity, or nothing.
+
+    Raises:
+        NumericsError: NaN or infinity; the message names the layer.
+        LayerError: it is on the meta device.
+    """
+    if tensor.is_meta:
+        raise LayerError(
+            f"layer {name!r}: its weight is on the meta device, which holds no values; load the "
+            "weights first, or stream them (integrations.streaming)"
+        )
     if not torch.isfinite(tensor).all():
         nan = int(torch.isnan(tensor).sum())
         inf = int(torch.isinf(tensor).sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -41,7 +42,9 @@ class Recorder:
         self.moments: dict[str, Moment] = {}
         self.mask: Tensor | None = None
         self.norms: dict[str, str] = {}
-        self._output: tuple[str, Tensor] | None = None
+        self._output: tuple[str, Tensor, int] | None = None
+        self._calls: Counter[str] = Counter()
+        self._pairs: Counter[tuple[str, str]] = Counter()
         self._last: tuple[Tensor, int, Rows] | None = None
         self._hooks = ExitStack()
 
@@ -56,7 +59,12 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._last = self._output = None
         self._hooks.close()
-        self.norms = {name: norm for name, norm in self.norms.items() if norm}
+        # of a layer or a BatchNorm with other calls, too, there is no one mean to put right
+        self.norms = {
+            name: norm
+            for (name, norm), count in self._pairs.items()
+            if count == self._calls[name] == self._calls[norm]
+        }
         for site in self.sites:
             if site.spec is not None and site.name in self.moments:
                 self.moments[site.name].centred = site.spec.bias or site.name in self.norms
@@ -74,13 +82,16 @@ class Recorder:
                 self._hooks.callback(site.module.register_forward_hook(leave).remove)
 
     def _leave(self, name: str, _: nn.Module, __: Any, output: Tensor) -> None:
-        self._output = name, output
+        self._calls[name] += 1
+        self._output = name, output, _version(output)
 
     def _enter_norm(self, norm: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._output is not None and args and args[0] is self._output[1]:
-            name = self._output[0]
-            # a layer that is called for two of them has no one mean to put right
-            self.norms[name] = norm if self.norms.get(name, norm) == norm else ""
+        self._calls[norm] += 1
+        if self._output is not None and args:
+            name, output, version = self._output
+            # an activation in place would return the very same tensor
+            if args[0] is output and _version(output) == version:
+                self._pairs[name, norm] += 1
         self._output = None
 
     def _register(self, site: Site, module: nn.Module) -> Callable[[], None]:
@@ -95,7 +106,7 @@ class Recorder:
     def _shared_rows(self, site: Site, inputs: Tensor) -> Rows:
         """Query, key and value are called with the very same tensor."""
         assert site.spec is not None
-        version = 0 if inputs.is_inference() else inputs._version
+        version = _version(inputs)
         if not site.spec.dims and self._last is not None:
             tensor, before, rows = self._last
             if tensor is inputs and before == version:
@@ -137,6 +148,11 @@ class Recorder:
             groups, _, features = rows.values.shape
             moment = self.moments[site.name] = Moment(groups, features, weighted=weighted)
         moment.update(rows)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; of inference tensors torch does not count it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class SensitivityRecorder(Recorder):

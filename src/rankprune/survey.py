@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from rankprune.errors import LayerError, naming
+from rankprune.errors import naming
 from rankprune.layers import LayerSpec
 from rankprune.linalg import check_finite, singular_values
 from rankprune.moments import Moment
@@ -95,11 +95,6 @@ class Site:
         """
         assert self.spec is not None
         weight = self.weight
-        if weight.is_meta:
-            raise LayerError(
-                f"layer {self.name!r}: its weight is on the meta device, which holds no values to "
-                "choose a rank by; load the weights first, or stream them (integrations.streaming)"
-            )
         with naming(self.name):
             if self.moment is not None:
                 whitened = Whitened(self.spec, scheme, weight, self.moment, self.name)

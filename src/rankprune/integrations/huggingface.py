@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.errors import ConfigError, MissingExtraError, PlanError
-from rankprune.factorize import check_plan, factor_skeleton, low_rank_layers, plan_of
+from rankprune.factorize import (
+    Unprepared,
+    check_plan,
+    factor_skeleton,
+    low_rank_layers,
+    plan_of,
+)
 from rankprune.plan import LayerPlan, Plan
 
 try:
@@ -51,7 +57,7 @@ def prepare(model: nn.Module) -> PreTrainedModel:
 
     Raises:
         ConfigError: it is no transformers model, or is quantised already.
-        PlanError: no layer is factorised, or factorised layers share their weights.
+        PlanError: no layer is factorised.
 
     Example:
         >>> import rankprune as rp
@@ -71,14 +77,13 @@ def prepare(model: nn.Module) -> PreTrainedModel:
             "save others with rankprune.save"
         )
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not isinstance(quantizer, RankPruneQuantizer):
+    if quantizer is not None and not isinstance(quantizer, (RankPruneQuantizer, Unprepared)):
         method = quantizer.quantization_config.quant_method
         raise ConfigError(
             f"{type(model).__name__} is quantised already ({getattr(method, 'value', method)}), "
             "and its config.json has room for one method; factorise the unquantised model"
         )
-    config = _config_of(model)
-    model.config.quantization_config = config
+    config = _describe(model)
     # mypy knows no such attribute of a model
     setattr(model, "hf_quantizer", RankPruneQuantizer(config))  # noqa: B010
     return model
@@ -134,11 +139,14 @@ class RankPruneQuantizer(HfQuantizer):
                 "call rankprune.factorize"
             )
         layers = _fitted(self.quantization_config.plan.factorized, model)
-        check_plan(model, layers)
+        # weights are shared only after they were read
+        named = [(layer, name) for layer in layers for name in (layer.name, *layer.tied)]
+        check_plan(model, [replace(layer, name=name, tied=()) for layer, name in named])
         factor_skeleton(model, layers)
+        _tie(model, layers)
         # the stored ranks have done their work; the checkpoint may name them without the prefix
         prefix = f"{model.base_model_prefix}."
-        names = (re.escape(layer.name.removeprefix(prefix)) for layer in layers)
+        names = (re.escape(name.removeprefix(prefix)) for _, name in named)
         ranks = {rf"(^|\.){name}\.weight$" for name in names}
         model._keys_to_ignore_on_load_unexpected = ranks.union(
             model._keys_to_ignore_on_load_unexpected or ()
@@ -156,7 +164,7 @@ class RankPruneQuantizer(HfQuantizer):
                         "the weights are another model's, or were not factorised"
                     )
         if low_rank_layers(model):
-            model.config.quantization_config = _config_of(model)  # by the names in this class
+            _describe(model)  # by the names in this class
         else:  # only parts that this class lacks were factorised
             self.remove_quantization_config(model)
         # nothing is quantised: half(), float() and the Trainer work as on any model
@@ -167,8 +175,11 @@ class RankPruneQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The weights to save, and with them the ranks that stop other loaders."""
-        model.config.quantization_config = _config_of(model)  # it may have changed since
-        return state_with_ranks(model), {}
+        config = _describe(model)  # it may have changed since
+        state = state_with_ranks(model)
+        for twin in _twins(config.plan.layers):
+            del state[twin]
+        return state, {}
 
     def is_serializable(self) -> bool:
         """True: `save_pretrained` works."""
@@ -193,21 +204,44 @@ def state_with_ranks(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _config_of(model: nn.Module) -> RankPruneConfig:
+def _describe(model: PreTrainedModel) -> RankPruneConfig:
+    """Write the plan into the model's config, and those of its parts into the parts' own.
+
+    Where a class is one part of the saved model, such as `CLIPVisionModel`, transformers reads
+    nothing but that part's config.
+    """
     plan = plan_of(model)
     if not plan.layers:
         raise PlanError(
             f"{type(model).__name__} has no factorised layer; factorise it first, or save it dense "
             "from a model that was not prepared"
         )
-    shared = next((layer for layer in plan.layers if layer.tied), None)
-    if shared is not None:
-        raise PlanError(
-            f"factorised layers {shared.name!r} and {shared.tied[0]!r} share one weight, which "
-            "transformers cannot load again; leave them dense with "
-            f"overrides={{{shared.name!r}: None}}"
-        )
-    return RankPruneConfig(plan)
+    config = model.config.quantization_config = RankPruneConfig(plan)
+    for name in model.config.sub_configs:
+        own = getattr(model.config, name, None)
+        parts = [module for module in model.modules() if getattr(module, "config", None) is own]
+        if own is not None and parts and low_rank_layers(parts[0]):
+            own.quantization_config = RankPruneConfig(plan_of(parts[0]))
+    return config
+
+
+def _twins(layers: Iterable[LayerPlan]) -> dict[str, str]:
+    """Factors that are another layer's too, by their names: that layer's."""
+    return {
+        f"{name}.{index}.weight": f"{layer.name}.{index}.weight"
+        for layer in layers
+        for name in layer.tied
+        for index in (0, 1)
+    }
+
+
+def _tie(model: PreTrainedModel, layers: list[LayerPlan]) -> None:
+    """Have transformers share factors where layers share them, as it does with embeddings."""
+    gone = tuple(f"{name}." for layer in layers for name in (layer.name, *layer.tied))
+    kept = model.all_tied_weights_keys.items()
+    model.all_tied_weights_keys = {
+        target: source for target, source in kept if not target.startswith(gone)
+    } | _twins(layers)
 
 
 def _fitted(layers: tuple[LayerPlan, ...], model: PreTrainedModel) -> list[LayerPlan]:
@@ -220,15 +254,16 @@ def _fitted(layers: tuple[LayerPlan, ...], model: PreTrainedModel) -> list[Layer
     prefix = f"{model.base_model_prefix}."
     with_head = any(layer.name.startswith(prefix) for layer in layers)
     ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ("(?!)",)))
+
+    def here(name: str) -> str:
+        # in transformers' own order
+        candidates = (name.removeprefix(prefix), prefix + name)
+        return next((candidate for candidate in candidates if candidate in modules), name)
+
     fitted = []
     for layer in layers:
-        name = layer.name
-        # in transformers' own order
-        for candidate in (name.removeprefix(prefix), prefix + name):
-            if candidate in modules:
-                name = candidate
-                break
+        name = here(layer.name)
         other_head = with_head and not layer.name.startswith(prefix)
         if name in modules or not (other_head or ignored.search(f"{layer.name}.0.weight")):
-            fitted.append(replace(layer, name=name))
+            fitted.append(replace(layer, name=name, tied=tuple(map(here, layer.tied))))
     return fitted

@@ -22,6 +22,7 @@ MAX_CACHE_BYTES = 4 * 2**30
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _DEFAULT_SIZE = 224
+_PARTS = ("train", "val", "test")
 # What Pillow's decoder gains from threads ends about here.
 _THREADS = 4
 
@@ -120,7 +121,8 @@ class ImageData:
     """A data set in three parts.
 
     Attributes:
-        train, val, test: `val` is split off the training images where there is no such part.
+        train, val, test: `val` is split off the training images where there is no such part. All
+            three are one where the images come without parts.
         classes: names of the classes.
         shape: C, H, W.
         mean, std: for each channel, of pixel values from 0 to 1.
@@ -152,7 +154,8 @@ def load_data(
     """Load a data set by name.
 
     Args:
-        name: one of `DATA_SETS`.
+        name: one of `DATA_SETS`. An image folder has train/CLASS/IMAGE, and val/ or test/ or both
+            beside train/; or CLASS/IMAGE without parts, for all but training.
         root: where torchvision's data sets lie.
         download: fetch a torchvision data set that is missing.
         image_size: side to which image files are brought; None takes the files' own where all are
@@ -311,13 +314,14 @@ def _image_folder(
 ) -> ImageData:
     if not folder.is_dir():
         raise FileError(f"{folder}: no such folder")
-    train_dir, val_dir, test_dir = (folder / part for part in ("train", "val", "test"))
-    if not train_dir.is_dir() or not (val_dir.is_dir() or test_dir.is_dir()):
-        raise FileError(f"{folder}: expected train/CLASS/IMAGE, and val/ or test/ beside train/")
-    separate = val_dir.is_dir() and test_dir.is_dir()
-    classes, *listed = _list_images(
-        [train_dir, *([val_dir] if separate else []), test_dir if test_dir.is_dir() else val_dir]
-    )
+    names = [name for name in _PARTS if (folder / name).is_dir()]
+    whole = not names and any(child.is_dir() for child in folder.iterdir())
+    if not whole and (len(names) < 2 or names[0] != "train"):
+        raise FileError(
+            f"{folder}: expected train/CLASS/IMAGE, and val/ or test/ beside train/; "
+            "or CLASS/IMAGE, to evaluate or calibrate with"
+        )
+    classes, *listed = _list_images([folder / name for name in names or [""]])
     size, alike = _common_size(listed[0][0])
     side = image_size or (size if alike else _DEFAULT_SIZE)
     total = sum(len(paths) for paths, _ in listed) * 3 * side * side
@@ -327,7 +331,9 @@ def _image_folder(
     if alike and not stream:
         parts = [_decode_all(part) for part in files]
     all_train, test = parts[0], parts[-1]
-    train, val = (all_train, parts[1]) if separate else _split(all_train, val_fraction, seed)
+    train, val = all_train, parts[len(parts) // 2]
+    if len(parts) == 2:
+        train, val = _split(all_train, val_fraction, seed)
     if alike:
         return _as_they_are(all_train, train, val, test, classes, flip=True)
     shape = (3, side, side)

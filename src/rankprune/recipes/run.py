@@ -124,8 +124,13 @@ def preview(config: TrainConfig, data: ImageData) -> Plan | None:
 
 
 def load(config: TrainConfig) -> ImageData:
-    """The data set of a run."""
-    return load_data(
+    """The data set of a run.
+
+    Raises:
+        ConfigError: it has no part to test with.
+        FileError: as in `load_data`.
+    """
+    data = load_data(
         config.data,
         root=config.data_root,
         download=config.download,
@@ -134,6 +139,12 @@ def load(config: TrainConfig) -> ImageData:
         seed=config.seed,
         stream=config.stream,
     )
+    if data.train is data.test:
+        raise ConfigError(
+            f"{config.data}: training would be tested with the images it has seen; sort them into "
+            "train/CLASS/IMAGE and test/CLASS/IMAGE"
+        )
+    return data
 
 
 def is_main_process() -> bool:
