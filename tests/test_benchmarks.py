@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
@@ -48,6 +50,35 @@ def test_latency() -> None:
     found = _run("latency.py", "--part", "budget", "--part", "zoo", "--threads", "1")
     assert found["budget"][0]["dense_ms"] > found["budget"][0]["compact_ms"] > 0
     assert found["zoo"][0]["flops_reduction"] >= 2
+
+
+@pytest.mark.slow
+def test_cifar10_methods(tmp_path: Path) -> None:
+    """Every method that trains, on a few images: decomposed and projected answer alike."""
+    for part, count in (("train", 26), ("test", 4)):
+        for label in range(2):
+            folder = tmp_path / part / str(label)
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    methods = ["ours", "svd-matched-spatial", "nuclear-only-spatial", "trp-authors-channel"]
+    script = str(BENCHMARKS / "cifar10" / "run.py")
+    options = ["--data", str(tmp_path), "--epochs", "2", "--batch", "8", "--validate"]
+    done = subprocess.run(
+        [sys.executable, script, *options, "--threads", "1", "--method", *methods],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["method"] for row in rows] == methods
+    for row in rows:
+        assert row["projected_accuracy"] in (None, row["accuracy"])
+        if row["target"] is not None:
+            assert row["flops_reduction"] >= row["target"]
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

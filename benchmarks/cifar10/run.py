@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, nargs="+", default=[2.84])
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--lr", type=float, default=Training.lr)
+    parser.add_argument("--batch", type=int, default=Training.batch)
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 in training")
     parser.add_argument("--validate", action="store_true", help="for choosing: see above")
@@ -99,7 +100,13 @@ def main() -> None:
                 ):
                     print(f"{key}: there already", file=sys.stderr)
                     continue
-                training = Training(epochs=args.epochs, lr=args.lr, seed=seed, bf16=not args.fp32)
+                training = Training(
+                    epochs=args.epochs,
+                    lr=args.lr,
+                    batch=args.batch,
+                    seed=seed,
+                    bf16=not args.fp32,
+                )
                 torch.manual_seed(seed)
                 case = Case(build(args.model, args.weights, seed), data, training, target)
                 started = time.perf_counter()
@@ -109,7 +116,15 @@ def main() -> None:
                 row = {**key, **measured(case, result, part), "minutes": round(minutes, 2)}
                 print(json.dumps(row), flush=True)
                 if not args.validate:
-                    keep({**row, "lr": args.lr, "precision": _precision(args), **conditions()})
+                    keep(
+                        {
+                            **row,
+                            "lr": args.lr,
+                            "batch": args.batch,
+                            "precision": _precision(args),
+                            **conditions(),
+                        }
+                    )
 
 
 def _precision(args: argparse.Namespace) -> str:

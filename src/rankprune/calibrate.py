@@ -129,7 +129,8 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
 
     Args:
         model: changed in place.
-        batches: as in `calibrate`; larger ones estimate better.
+        batches: as in `calibrate`; larger ones estimate better. Augmented as in training: a network
+            that was trained on images with borders of zeros may lose points on plain ones.
 
     Returns:
         The model.
