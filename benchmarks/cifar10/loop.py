@@ -127,5 +127,5 @@ def calibration(data: Cifar, count: int = 2048, batch: int = 256) -> list[Tensor
     With images that are not augmented, BatchNorm's new statistics cost the dense ResNet-20 itself
     4 points.
     """
-    batches = data.train.epoch(batch, seed=0, epoch=0)
+    batches = data.train.epoch(min(batch, len(data.train)), seed=0, epoch=0)
     return [images for images, _ in itertools.islice(batches, count // batch)]
