@@ -86,6 +86,11 @@ def latency_budget() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in _latency("budget"):
+        if "refused" in row:
+            lines.append(
+                f"| {row['network']} | {row['batch']} | {row['threads']} | refused | | | | |"
+            )
+            continue
         lines.append(
             f"| {row['network']} | {row['batch']} | {row['threads']} | {row['dense_ms']:,.1f} ms "
             f"| {row['compact_ms']:,.1f} ms | {row['latency']:.3f} "

@@ -75,7 +75,10 @@ def latency_budget(name: str, batch: int, options: argparse.Namespace) -> dict[s
     """Plan to half the time, then measure anew with the real factors."""
     model, x = network(name), inputs(name, batch)
     table = rp.LatencyTable(rp.Runtime(threads=options.threads))
-    plan = rp.make_plan(model, rp.Budget(latency=0.5), example_inputs=x, runtime=table)
+    try:
+        plan = rp.make_plan(model, rp.Budget(latency=0.5), example_inputs=x, runtime=table)
+    except rp.BudgetError as error:
+        return {"network": name, "batch": batch, "budget": 0.5, "refused": str(error)}
     measured = _bench(rp.factorize(model, plan), x, options, ["onnxruntime"])
     row = measured["backends"]["onnxruntime"]
     return {

@@ -60,7 +60,7 @@ def exit_code(child: int) -> int:
 
 def wait_for(path: Path, alive: Callable[[], bool]) -> None:
     """Until a file is there, which a process writes that must live till then."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not path.exists():
         assert alive(), "the run ended before it could be disturbed"
         assert time.monotonic() < deadline

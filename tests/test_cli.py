@@ -175,7 +175,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env=env)
     wait_for(out / "checkpoint.pt", lambda: process.poll() is None)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate()
     expected = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
     assert process.returncode == expected[number]
     assert not (out / "report.json").exists()
@@ -368,8 +368,8 @@ def _kill_once_it_saves(command: list[str], out: Path, env: dict[str, str]) -> N
     for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
-    process.wait(60)
-    psutil.wait_procs(family, timeout=60)
+    process.wait()
+    psutil.wait_procs(family)
     assert not (out / "report.json").exists()
 
 

@@ -236,8 +236,6 @@ def test_each_matrix_is_computed_in_one_process(tmp_path: Path) -> None:
 
 def _network() -> nn.Module:
     """A convolution and linear layers of which few divide by two; root, and two blocks."""
-    # with others, such as 1 and 3, an engine's choice lies on the edge: half a unit in the last
-    # place of its first weights then moves a run in one process by more than what is allowed here
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(13 * 64, 101), nn.ReLU(), nn.Linear(101, 128))
     tail = nn.Sequential(nn.ReLU(), nn.Linear(128, 256), nn.ReLU())
@@ -299,14 +297,21 @@ def _trained_shards(rank: int | None) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_shards_make_up_the_weights_of_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("smallest", [10**6, engine.SMALLEST_SIDE], ids=["one_engine", "several"])
+def test_shards_make_up_the_weights_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smallest: int
+) -> None:
+    monkeypatch.setattr(engine, "SMALLEST_SIDE", smallest)
     first, second = in_two_processes(tmp_path, _trained_shards)
     alone = _trained_shards(None)
     assert first.keys() == alone.keys()
     for name in first:
         assert equal(first[name], second[name]), name
+        # rounding, which differs between processors, may decide which engine takes a matrix, and on
+        # one rank on the way down: the other engines for all matrices make up to 4e-5
+        close = 1e-5 if smallest == 10**6 and "descent" not in name else 2e-4
         for key in ("weights", "finished"):
-            assert _farthest(first[name][key], alone[name][key]) <= 1e-5, (name, key)
+            assert _farthest(first[name][key], alone[name][key]) <= close, (name, key)
         ranks = _ranks(first[name]["plan"])
         assert ranks == _ranks(alone[name]["plan"])
         compact = factorize(_loaded(first[name]["finished"]), Plan.from_json(first[name]["plan"]))

@@ -128,7 +128,6 @@ def run(name: str, folder: Path) -> str:
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -443,7 +443,6 @@ def test_nothing_overflows_and_the_keyboard_reaches_all(
         ],
         capture_output=True,
         text=True,
-        timeout=120,
         check=True,
     )
     seen = json.loads(Page(done.stdout).texts("title")[0])

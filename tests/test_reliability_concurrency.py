@@ -18,7 +18,7 @@ from conftest import Trials
 from rankprune.latency import LatencyTable, Request
 from runs import FORKS, equal, exit_code, in_child
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), *FORKS]
+pytestmark = [pytest.mark.slow, *FORKS]
 
 
 def _start(*calls: Callable[[], Any]) -> list[int]:

@@ -400,7 +400,6 @@ def test_signals_are_handled_after_a_network_has_run(backend: str) -> None:
         [sys.executable, "-X", "faulthandler", "-c", SIGNALLED.format(backend=backend)],
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
     assert done.returncode == 0, (done.returncode, done.stderr)

@@ -2,7 +2,8 @@
 
 Every network of torchvision, and a choice of timm's and of Hugging Face's, stands in one table and
 keeps one contract: each layer is factorised or has a reason, at full rank the answers stay, and a
-loaded network differs by nothing. Weights are random; no file is fetched.
+loaded network differs by nothing. Weights are random; no file is fetched. Networks that are a
+smaller one's layers in large take their turn with --full.
 """
 
 from __future__ import annotations
@@ -136,6 +137,11 @@ def _enliven(model: nn.Module, inputs: ExampleInputs) -> None:
 
 # Over 600 million parameters each: what happens to their layers is told by their shapes alone.
 HUGE = ("vit_h_14", "regnet_y_128gf")
+# Those of the others that take as long as most of them together, and have a smaller brother.
+LARGE = re.compile(
+    r"vgg1[369].*|vit_l_.*|convnext_(base|large)|regnet_[xy]_(16|32)gf|wide_resnet101_2"
+    r"|efficientnet_(b[67]|v2_l)|swin(_v2|3d)?_b|densenet161|resnext101_.*|resnet152"
+)
 _SWIN = r".*\.attn\.(qkv|proj)"
 
 
@@ -574,8 +580,14 @@ def test_plan_factorise_copy_save_and_load(
     network: Network, tmp_path: Path, trials: Trials
 ) -> None:
     """Networks of torchvision, timm and transformers keep the contract from plan to loaded file."""
+    _leave_large(network, trials)
     with trials.one():
         _check_contract(network, tmp_path)
+
+
+def _leave_large(network: Network, trials: Trials) -> None:
+    if LARGE.fullmatch(network.id) and not trials.full:
+        pytest.skip("large, and a smaller one's layers: --full")
 
 
 def _convolutions() -> Iterator[Network]:
@@ -586,8 +598,9 @@ def _convolutions() -> Iterator[Network]:
 
 
 @_parametrised(list(_convolutions()))
-def test_every_scheme_for_convolutions(network: Network) -> None:
+def test_every_scheme_for_convolutions(network: Network, trials: Trials) -> None:
     """At full rank "auto" takes the cheapest scheme, which is one for nearly all layers."""
+    _leave_large(network, trials)
     model = network.model()
     with torch.no_grad():
         expected = network.answers(model)
