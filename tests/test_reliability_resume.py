@@ -221,6 +221,7 @@ def test_command(tmp_path: Path, trials: Trials) -> None:
         every=4,
         start=0.2,
         descent=0.4,
+        tail=0.3,
         batch_size=45,
         epochs=6,
         checkpoint_every=5,

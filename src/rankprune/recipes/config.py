@@ -93,11 +93,11 @@ class TrainConfig(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     batch: int = Field(default=1, ge=1)
     rank: str | None = None
-    every: int = Field(default=20, ge=1)
-    start: float = Field(default=0.1, ge=0, lt=1)
-    descent: float = Field(default=0.4, ge=0, le=1)
-    tail: float = Field(default=0.4, ge=0, lt=1)
-    nuclear: float = Field(default=3e-4, ge=0)
+    every: int = Field(default=1, ge=1)
+    start: float = Field(default=0.0, ge=0, lt=1)
+    descent: float = Field(default=0.3, ge=0, le=1)
+    tail: float = Field(default=0.5, ge=0, lt=1)
+    nuclear: float = Field(default=0.0, ge=0)
     nuclear_mode: Literal["gradient", "decoupled"] = "gradient"
     nuclear_when: Literal["projection", "step"] = "projection"
     distill: float | None = Field(default=None, ge=0, le=1)
