@@ -268,6 +268,14 @@ def test_hugging_face_conv1d_becomes_linear() -> None:
         assert relative_error(dense(x), model(x)) <= 1e-5
 
 
+def test_a_product_has_gradients_and_a_dense_weight_has_none() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    (layer,) = factorize(model, make_plan(model, FixedRank(3)))
+    assert layer.product().requires_grad
+    assert not layer.dense_weight().requires_grad
+    assert torch.equal(layer.product(), layer.dense_weight())
+
+
 def test_low_rank_says_what_it_is() -> None:
     model = small_cnn()
     compact = factorize(model, make_plan(model, FixedRank(4)))
