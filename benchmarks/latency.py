@@ -66,14 +66,14 @@ def network(name: str) -> nn.Module:
     return model
 
 
-def inputs(name: str, batch: int) -> torch.Tensor:
-    side = 299 if name == "inception_v3" else 224
+def inputs(name: str, batch: int, options: argparse.Namespace) -> torch.Tensor:
+    side = 64 if options.quick else 299 if name == "inception_v3" else 224
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
 def latency_budget(name: str, batch: int, options: argparse.Namespace) -> dict[str, Any]:
     """Plan to half the time, then measure anew with the real factors."""
-    model, x = network(name), inputs(name, batch)
+    model, x = network(name), inputs(name, batch, options)
     table = rp.LatencyTable(rp.Runtime(threads=options.threads))
     try:
         plan = rp.make_plan(model, rp.Budget(latency=0.5), example_inputs=x, runtime=table)
@@ -98,7 +98,7 @@ def latency_budget(name: str, batch: int, options: argparse.Namespace) -> dict[s
 
 def flops_budget(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Half the FLOPs where that is never slower; what it says where it cannot be."""
-    model, x = network(name), inputs(name, 1)
+    model, x = network(name), inputs(name, 1, options)
     runtime = rp.Runtime(threads=options.threads)
     try:
         plan = rp.make_plan(model, rp.Budget(flops=0.5), example_inputs=x, runtime=runtime)
@@ -119,7 +119,7 @@ def flops_budget(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def realised(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Half the FLOPs on every backend, and the same by two peers on ONNX Runtime."""
-    model, x = network(name), inputs(name, 1)
+    model, x = network(name), inputs(name, 1, options)
     # the FLOPs alone, and with the time that they should buy
     budgets = {
         "flops": rp.Budget(flops=0.5),

@@ -31,7 +31,9 @@ def seeded() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--full", action="store_true", help="reliability: as many trials as docs/reliability.md"
+        "--full",
+        action="store_true",
+        help="as many trials as docs/reliability.md says, large networks too",
     )
 
 

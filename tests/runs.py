@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -56,6 +58,25 @@ def command_line(*args: object) -> None:
 def exit_code(child: int) -> int:
     """Wait for a forked process; negative where a signal has ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def cli(*args: object, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """In a forked process, which need not import torch again."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+
+        def run() -> None:
+            for stream, number in ((out, 1), (err, 2)):
+                os.dup2(stream.fileno(), number)
+            sys.stdout, sys.stderr = out, err
+            os.chdir(cwd or os.getcwd())
+            command_line(*args)
+
+        status = exit_code(in_child(run))
+        out.seek(0)
+        err.seek(0)
+        done = subprocess.CompletedProcess(args, status, out.read(), err.read())
+    assert status == code, done
+    return done
 
 
 def wait_for(path: Path, alive: Callable[[], bool]) -> None:

@@ -11,7 +11,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from rankprune import latency
 from rankprune.recipes.config import make_config, to_yaml
 from rankprune.recipes.models import build_model
 from rankprune.runtimes import Run
-from runs import FORKS, command_line, exit_code, in_child, records, torchrun, wait_for
+from runs import FORKS, cli, records, torchrun, wait_for
 
 pytestmark = FORKS
 
@@ -54,24 +53,6 @@ REPORT_KEYS = {
     "environment",
     "latency",
 }
-
-
-def cli(*args: object, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """In a forked process, which need not import torch again."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-
-        def run() -> None:
-            for stream, number in ((out, 1), (err, 2)):
-                os.dup2(stream.fileno(), number)
-            sys.stdout, sys.stderr = out, err
-            os.chdir(cwd or os.getcwd())
-            command_line(*args)
-
-        status = exit_code(in_child(run))
-        printed = [stream.seek(0) or stream.read() for stream in (out, err)]
-    done = subprocess.CompletedProcess(args, status, *printed)
-    assert status == code, done
-    return done
 
 
 def test_as_a_program() -> None:

@@ -40,7 +40,7 @@ from rankprune import (
     make_plan,
     plan_of,
 )
-from rankprune.factorize import low_rank_layers
+from rankprune.factorize import factor_skeleton, low_rank_layers
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "small_cnn": (small_cnn, (2, 3, 12, 12)),
@@ -100,6 +100,35 @@ def test_factors_of_one_weight_are_shared() -> None:
         assert compact.a[1].weight is compact.b[1].weight
         assert compact.a[1].bias is not compact.b[1].bias
         assert torch.equal(compact.b[1].bias, model.b.bias)
+
+
+def test_of_one_weight_each_layer_keeps_its_own_bias() -> None:
+    model = nn.ModuleDict({name: nn.Linear(16, 16) for name in ("b", "a", "c", "d")})
+    for layer in model.values():
+        layer.weight = model["b"].weight
+    compact = factorize(model, make_plan(model, FixedRank(3), guard=False))
+    for name, layer in model.items():
+        assert torch.equal(compact[name][1].bias, layer.bias)
+        assert compact[name][0].weight is compact["b"][0].weight
+        assert compact[name][1].weight is compact["b"][1].weight
+
+
+def test_a_skeleton_has_all_but_the_weights() -> None:
+    for build in (small_cnn, TiedLinears, TiedConvs, SharedModule):
+        model = _built(build).double()
+        next(model.parameters()).requires_grad_(False)
+        plan = make_plan(model, FixedRank(3), guard=False)
+        compact = factorize(model, plan)
+        factor_skeleton(model, plan.factorized)
+        assert plan_of(model) == plan_of(compact)
+        for (name, found), (other, expected) in zip(
+            model.named_parameters(), compact.named_parameters(), strict=True
+        ):
+            assert (name, found.shape, found.dtype) == (other, expected.shape, expected.dtype)
+            assert found.requires_grad is expected.requires_grad
+        model.load_state_dict(compact.state_dict())
+        for name, layer in low_rank_layers(model).items():
+            assert torch.equal(layer.dense_weight(), low_rank_layers(compact)[name].dense_weight())
 
 
 def test_a_shared_module_is_replaced_at_every_place() -> None:
@@ -237,6 +266,14 @@ def test_hugging_face_conv1d_becomes_linear() -> None:
     with torch.no_grad():
         assert relative_error(compact(x), model(x)) <= 1e-5
         assert relative_error(dense(x), model(x)) <= 1e-5
+
+
+def test_a_product_has_gradients_and_a_dense_weight_has_none() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    (layer,) = factorize(model, make_plan(model, FixedRank(3)))
+    assert layer.product().requires_grad
+    assert not layer.dense_weight().requires_grad
+    assert torch.equal(layer.product(), layer.dense_weight())
 
 
 def test_low_rank_says_what_it_is() -> None:

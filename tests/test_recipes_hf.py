@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,10 @@ import rankprune as rp
 from rankprune.integrations.huggingface import prepare
 from rankprune.integrations.streaming import Shards, compress_streaming
 from rankprune.recipes import hf
+from runs import FORKS, cli
 
 transformers = pytest.importorskip("transformers")
+pytestmark = FORKS
 TEXT = "\n".join(f"line {n}: the quick brown fox, number {n * n}, and a dog" for n in range(200))
 FAMILIES = {
     "llama": {"num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -210,25 +210,15 @@ def test_refusals(tmp_path: Path, text: Path) -> None:
 
 def test_command_line(tmp_path: Path, text: Path) -> None:
     dense = make_folder("llama", tmp_path / "dense")
-
-    def run(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "rankprune.cli", "compress", f"hf:{dense}", *options]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    common = ["--calib", f"text:{text}", "--params", "0.9", "--samples", "4", "--window", "24"]
-    done = run(*common, "--out", str(tmp_path / "out"), "--json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    common: list[object] = ["compress", f"hf:{dense}", "--calib", f"text:{text}", "--params", 0.9]
+    common += ["--samples", 4, "--window", 24]
+    report = json.loads(cli(*common, "--out", tmp_path / "out", "--json").stdout)
     assert report["compact"]["params"] <= 0.9 * report["dense"]["params"]
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
-    again = run(*common, "--out", str(tmp_path / "out"))
-    assert again.returncode == 3
-    assert "exists already" in again.stderr
-    streamed = run(*common, "--out", str(tmp_path / "streamed"), "--streaming")
-    assert streamed.returncode == 0, streamed.stderr
+    assert "exists already" in cli(*common, "--out", tmp_path / "out", code=3).stderr
+    streamed = cli(*common, "--out", tmp_path / "streamed", "--streaming")
     assert "model.layers.2 is done" in streamed.stderr
     for folder in ("out", "streamed"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder)
-    refused = run(*common, "--out", str(tmp_path / "no"), "--scheme", "channel")
-    assert refused.returncode == 2
+    refused = cli(*common, "--out", tmp_path / "no", "--scheme", "channel", code=2)
     assert "--scheme is not for hf: models" in refused.stderr
