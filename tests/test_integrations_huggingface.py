@@ -325,7 +325,10 @@ def test_rankprune_saves_what_hugging_face_loaded(
     bert: Path, compact: Callable[[str], Any], tmp_path: Path
 ) -> None:
     save(AutoModelForSequenceClassification.from_pretrained(bert), tmp_path / "own")
-    assert _same(load(_bert(), tmp_path / "own"), compact("bert"))
+    model = load(_bert(), tmp_path / "own")
+    assert _same(model, compact("bert"))
+    with pytest.raises(ConfigError, match=r"prepare\(model\)"):
+        model.save_pretrained(tmp_path / "unprepared")
 
 
 # -- another class than the saved one ------------------------------------------------------------
@@ -366,8 +369,9 @@ def test_the_encoder_alone_where_only_the_decoder_was_factorised(tmp_path: Path)
     prepare(factorize(dense, plan)).save_pretrained(tmp_path)
     model = transformers.T5EncoderModel.from_pretrained(tmp_path)
     assert _same(model.encoder, dense.encoder)
-    model.save_pretrained(tmp_path)
-    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    for part in (model, model.encoder):
+        part.save_pretrained(tmp_path)
+        assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
 
 @pytest.mark.parametrize("part", ["vision_model", "text_model"])

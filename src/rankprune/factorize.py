@@ -191,10 +191,7 @@ def factorize(
         _factorize_layer(model, entry, moment)
         if moment is not None and moment.centred:
             _keep_mean(model, entry, before, moment, stats.norms.get(entry.name))
-    for module in model.modules() if plan.factorized else ():
-        if hasattr(module, "save_pretrained") and getattr(module, "hf_quantizer", None) is None:
-            # mypy knows no such attribute of a module
-            setattr(module, "hf_quantizer", Unprepared())  # noqa: B010
+    _mark_unprepared(model)
     return model
 
 
@@ -235,6 +232,16 @@ def factor_skeleton(model: nn.Module, layers: Iterable[LayerPlan]) -> None:
         for parameter in (p for factor in factors for p in factor.parameters()):
             parameter.requires_grad_(weight.requires_grad)
         _place(model, entry, factors[0], factors[1])
+    _mark_unprepared(model)
+
+
+def _mark_unprepared(model: nn.Module) -> None:
+    for module in model.modules():
+        if not hasattr(module, "save_pretrained") or not low_rank_layers(module):
+            continue
+        if getattr(module, "hf_quantizer", None) is None:
+            # mypy knows no such attribute of a module
+            setattr(module, "hf_quantizer", Unprepared())  # noqa: B010
 
 
 def defactorize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
