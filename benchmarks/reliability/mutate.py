@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -143,12 +144,14 @@ def mutated(module: str, sample: int, earlier: dict[str, Any] | None) -> dict[st
             results = [(specs[job], result) for job, result in db.results]
     tried = [(s, r) for s, r in results if r.worker_outcome == WorkerOutcome.NORMAL]
     if earlier:
-        known = [(mutant["source"], mutant["mutant"]) for mutant in earlier["survivors"]]
-        found = [(described(s, r, lines), r.test_outcome) for s, r in tried]
-        found = [(m, outcome) for m, outcome in found if (m["source"], m["mutant"]) in known]
-        alive = [mutant for mutant, outcome in found if outcome == TestOutcome.SURVIVED]
+        outcomes: defaultdict[tuple[str, str], set[TestOutcome]] = defaultdict(set)
+        for spec, result in tried:
+            mutant = described(spec, result, lines)
+            outcomes[mutant["source"], mutant["mutant"]].add(result.test_outcome)
+        found = [(m, outcomes[m["source"], m["mutant"]]) for m in earlier["survivors"]]
+        alive = [mutant for mutant, seen in found if TestOutcome.SURVIVED in seen]
         # the source may have lost some
-        count = earlier["tried"] - len(known) + len(found)
+        count = earlier["tried"] - sum(not seen for _, seen in found)
         return earlier | {"tried": count, "killed": count - len(alive), "survivors": alive}
     alive = [described(s, r, lines) for s, r in tried if r.test_outcome == TestOutcome.SURVIVED]
     return {
