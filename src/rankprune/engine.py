@@ -250,7 +250,8 @@ def _by_decomposition(
             Projected(
                 nearest=None if full else decomposition.project(rank),
                 rank=rank,
-                energy=float(spectrum.energy()[rank - 1]),
+                # not left to the order in which energies are added up
+                energy=1.0 if full else float(spectrum.energy()[rank - 1]),
                 polar=decomposition.polar(rank) if job.polar else None,
                 start=None if size is None else decomposition.start(size),
             ),
