@@ -27,7 +27,9 @@ def _run(script: str, *options: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_projection() -> None:
-    network = _run("projection.py", "--networks", "resnet20")["networks"]["resnet20"]
+    network = _run("projection.py", "--networks", "resnet20", "--threads", "1")["networks"][
+        "resnet20"
+    ]
     assert network["speedup_vs_svd"] > 0
     assert network["speedup_cold"] > 0
     assert 1 - 1e-6 <= network["residual_ratio_max"] <= 1.0001
@@ -35,7 +37,7 @@ def test_projection() -> None:
 
 @pytest.mark.slow
 def test_training_overhead() -> None:
-    ratios = _run("training_overhead.py", "--batch", "8")["resnet20"]
+    ratios = _run("training_overhead.py", "--batch", "8", "--threads", "1")["resnet20"]
     assert all(ratios[name] > 0 for name in ("m20", "m1", "authors"))
 
 
