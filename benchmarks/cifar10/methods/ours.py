@@ -8,18 +8,21 @@ from case import Case, Method, Result, train_low_rank
 from loop import labels_only, train
 
 import rankprune as rp
+from rankprune.recipes.config import TrainConfig
+
+DEFAULT = TrainConfig.model_fields
 
 
 def ours(
     case: Case,
     *,
     scheme: str = "spatial",
-    descent: float = 0.3,
-    tail: float = 0.5,
-    every: int = 1,
-    nuclear: float = 0.0,
+    descent: float = DEFAULT["descent"].default,
+    tail: float = DEFAULT["tail"].default,
+    every: int = DEFAULT["every"].default,
+    nuclear: float = DEFAULT["nuclear"].default,
     soft: bool = True,
-    match: float = 3.0,
+    match: float = DEFAULT["match"].default,
 ) -> Result:
     """The budget comes down from the dense network's over the first part of the run.
 

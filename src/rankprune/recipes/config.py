@@ -18,8 +18,8 @@ from rankprune.runtimes import Runtime
 from rankprune.schemes import SCHEMES
 
 _MAX_CONFIG_BYTES = 2**20
-# Weight of a dense network's answers, where there is one to learn from.
-SOFT = 0.9
+# Weights of a dense network's answers and blocks, where there is one to learn from.
+SOFT, MATCH = 0.9, 3.0
 
 
 class TrainConfig(BaseModel):
@@ -101,7 +101,7 @@ class TrainConfig(BaseModel):
     nuclear_mode: Literal["gradient", "decoupled"] = "gradient"
     nuclear_when: Literal["projection", "step"] = "projection"
     distill: float | None = Field(default=None, ge=0, le=1)
-    match: float = Field(default=3.0, ge=0)
+    match: float = Field(default=MATCH, ge=0)
     multiple_of: int | None = Field(default=None, ge=1)
     epochs: int = Field(default=30, ge=1)
     batch_size: int = Field(default=128, ge=1)

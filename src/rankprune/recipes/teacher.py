@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankprune.recipes.config import MATCH, SOFT
 from rankprune.recipes.distill import match_logits
 from rankprune.survey import survey
 
@@ -38,7 +39,12 @@ class Teacher:
     """
 
     def __init__(
-        self, model: nn.Module, *, soft: float = 0.9, match: float = 3.0, temperature: float = 4.0
+        self,
+        model: nn.Module,
+        *,
+        soft: float = SOFT,
+        match: float = MATCH,
+        temperature: float = 4.0,
     ) -> None:
         self.model = model.eval()
         self.soft, self.match, self.temperature = soft, match, temperature
