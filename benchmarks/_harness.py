@@ -13,13 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+import rankprune
 from rankprune.runtimes import alternate, processor
 
 __all__ = [
@@ -84,21 +84,25 @@ def peak_memory(call: Callable[[], Any]) -> int:
 
 def conditions() -> dict[str, Any]:
     """Versions, machine, date, commit."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run(
-        [*git, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
+        "commit": _commit(),
         "python": platform.python_version(),
-        "rankprune": version("rankprune"),
+        "rankprune": rankprune.__version__,
         "torch": torch.__version__,
         "cpu": processor(),
         "cores": psutil.cpu_count(logical=False),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def finish(name: str, result: dict[str, Any], options: argparse.Namespace) -> None:

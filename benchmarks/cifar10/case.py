@@ -35,7 +35,7 @@ class Case:
     @property
     def example(self) -> Tensor:
         """To count FLOPs with."""
-        return torch.zeros(1, 3, 32, 32)
+        return torch.zeros(1, 3, 32, 32, device=self.data.train.labels.device)
 
     @property
     def budget(self) -> rp.Budget:
@@ -95,6 +95,7 @@ def train_low_rank(
     *,
     span: tuple[float, float] = (0.0, 1.0),
     loss: Loss = labels_only,
+    after_attach: Callable[[rp.Controller], None] | None = None,
 ) -> tuple[nn.Module, rp.Plan]:
     """Train the dense network by TRP.
 
@@ -103,6 +104,7 @@ def train_low_rank(
         options: the number of steps to the options.
         span: part of the schedule.
         loss: what is minimised.
+        after_attach: gets the controller before the first step.
 
     Returns:
         The dense network, projected a last time, and the plan that was reached.
@@ -113,6 +115,8 @@ def train_low_rank(
     def attach(optimizer: torch.optim.Optimizer, steps: int) -> None:
         trp = options(steps)
         controllers.append(rp.attach(model, optimizer, trp, example_inputs=case.example))
+        if after_attach is not None:
+            after_attach(controllers[0])
 
     train(model, case.data, case.training, span=span, loss=loss, attach=attach)
     return model, controllers[0].finish()

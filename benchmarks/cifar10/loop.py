@@ -1,13 +1,11 @@
-"""The one training loop of the comparison: same images, same schedule, same precision for all.
-
-Imports nothing of rankprune: peers are trained by it in environments of their own.
-"""
+"""The one training loop of the comparison: same images, same schedule, same precision for all."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +17,8 @@ from torch.nn import functional as F
 
 #: Images, labels and the model to the loss.
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+#: Images and labels to the loss; afterwards the gradients are there.
+Pass = Callable[[Tensor, Tensor], Tensor]
 
 
 def labels_only(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -69,8 +69,8 @@ def train(
     """Train in place, in fresh momentum, over a part of the schedule.
 
     Args:
-        model: in training mode afterwards.
-        data: of which the training part is used.
+        model: in training mode afterwards; on a GPU its pass is captured as a CUDA graph.
+        data: of which the training part is used, on the model's device.
         training: what all methods get alike.
         span: from which share of the run to which; a method of two phases calls twice.
         loss: what is minimised.
@@ -80,13 +80,20 @@ def train(
     total = training.steps(data)
     each = total // training.epochs
     first, last = (round(share * total) for share in span)
+    device = data.train.labels.device
     optimizer = torch.optim.SGD(
-        model.parameters(), training.lr, 0.9, weight_decay=training.weight_decay, nesterov=True
+        model.parameters(),
+        training.lr,
+        0.9,
+        weight_decay=training.weight_decay,
+        nesterov=True,
+        fused=device.type == "cuda",
     )
     if attach is not None:
         attach(optimizer, last - first)
-    started, losses = time.perf_counter(), 0.0
+    started, losses = time.perf_counter(), torch.zeros((), device=device)
     model.train()
+    compute: Pass | None = None
     for epoch in range(first // each, math.ceil(last / each)):
         for index, (images, labels) in enumerate(
             data.train.epoch(training.batch, training.seed, epoch)
@@ -94,21 +101,71 @@ def train(
             step = epoch * each + index
             if not first <= step < last:
                 continue
+            if compute is None:
+                compute = _pass(model, loss, training, images, labels)
             for group in optimizer.param_groups:
                 group["lr"] = training.rate(step / total)
-            with torch.autocast("cpu", torch.bfloat16, enabled=training.bf16):
-                value = loss(model, images, labels)
-            value.backward()
+            losses += compute(images, labels)
             optimizer.step()
-            optimizer.zero_grad()
-            losses += value.item()
-            if not math.isfinite(losses):
-                raise SystemExit(f"step {step}: the loss is {value.item()}")
         minutes = (time.perf_counter() - started) / 60
         done = min(last, (epoch + 1) * each)
-        mean = losses / max(1, done - max(first, epoch * each))
-        print(f"  epoch {done / each:.2f}: loss {mean:.4f}, {minutes:.1f} min", file=sys.stderr)
-        losses = 0.0
+        mean = losses.item() / max(1, done - max(first, epoch * each))
+        if not math.isfinite(mean):
+            raise SystemExit(f"epoch {done / each:.2f}: the loss is {mean}")
+        if done == last or not (epoch + 1) % max(1, training.epochs // 10):
+            print(f"  epoch {done / each:.2f}: loss {mean:.4f}, {minutes:.1f} min", file=sys.stderr)
+        losses.zero_()
+    for parameter in model.parameters():
+        parameter.grad = None  # a graph's lies in its own memory
+
+
+def _pass(model: nn.Module, loss: Loss, training: Training, images: Tensor, labels: Tensor) -> Pass:
+    """Forward and backward pass, in bfloat16 where asked."""
+
+    def compute(images: Tensor, labels: Tensor) -> Tensor:
+        for parameter in model.parameters():
+            parameter.grad = None
+        kind = images.device.type
+        # a graph must not read weights that autocast has converted before it
+        with torch.autocast(kind, torch.bfloat16, enabled=training.bf16, cache_enabled=False):
+            value = loss(model, images, labels)
+        value.backward()
+        return value.detach()
+
+    return _captured(compute, model, images, labels) if images.is_cuda else compute
+
+
+# one capture at a time, whatever other threads do meanwhile
+_CAPTURING = threading.Lock()
+
+
+def _captured(compute: Pass, model: nn.Module, images: Tensor, labels: Tensor) -> Pass:
+    """The same as a CUDA graph: of small layers, launching is what takes the time."""
+    images, labels = images.clone(memory_format=torch.preserve_format), labels.clone()
+    kept = [buffer.clone() for buffer in model.buffers()]
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # libraries choose their algorithms and workspaces
+            compute(images, labels)
+    stream.synchronize()
+    with (
+        _CAPTURING,
+        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+    ):
+        value = compute(images, labels)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.no_grad():  # BatchNorm's statistics have seen the batch too often
+        for buffer, before in zip(model.buffers(), kept, strict=True):
+            buffer.copy_(before)
+
+    def replay(new_images: Tensor, new_labels: Tensor) -> Tensor:
+        images.copy_(new_images)
+        labels.copy_(new_labels)
+        graph.replay()
+        return value
+
+    return replay
 
 
 @torch.no_grad()
@@ -116,9 +173,9 @@ def accuracy(model: nn.Module, part: Part) -> float:
     """Accuracy in percent, in fp32."""
     was = model.training
     model.eval()
-    hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in part.batches())
+    hits = sum((model(x).argmax(1) == y).sum() for x, y in part.batches())
     model.train(was)
-    return 100 * hits / len(part)
+    return 100 * int(hits) / len(part)
 
 
 def calibration(data: Cifar, count: int = 2048, batch: int = 256) -> list[Tensor]:

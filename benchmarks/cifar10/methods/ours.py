@@ -1,8 +1,8 @@
-"""TRP to a budget, as `rankprune train` does it: the recipe, and what it is without each piece."""
+"""TRP to a budget, as `rankprune train` does it."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 
 from case import Case, Method, Result, train_low_rank
 from loop import labels_only, train
@@ -21,8 +21,11 @@ def ours(
     tail: float = DEFAULT["tail"].default,
     every: int = DEFAULT["every"].default,
     nuclear: float = DEFAULT["nuclear"].default,
+    nuclear_mode: str = DEFAULT["nuclear_mode"].default,
     soft: bool = True,
     match: float = DEFAULT["match"].default,
+    plan: Callable[[Case], rp.Plan] | None = None,
+    after_attach: Callable[[rp.Controller], None] | None = None,
 ) -> Result:
     """The budget comes down from the dense network's over the first part of the run.
 
@@ -33,29 +36,34 @@ def ours(
         tail: share of the run, at its end, in which the factors are trained.
         every: period of the projections before.
         nuclear: weight of the nuclear norm before.
+        nuclear_mode: as in `TRP`.
         soft: learn from the dense network's answers.
         match: weight of its blocks' outputs.
+        plan: fixed ranks to come down to, instead of a budget that is spent anew on the way.
+        after_attach: gets the controller.
     """
     loss = case.taught(match) if soft else labels_only
+    fixed = None if plan is None else plan(case)
 
     def options(steps: int) -> rp.TRP:
         return rp.TRP(
-            rank=case.budget,
+            rank=case.budget if fixed is None else None,
+            plan=fixed,
             scheme=scheme,
             every=every,
             nuclear=nuclear,
+            nuclear_mode=nuclear_mode,
             descent=round(steps * descent / (1 - tail)),
         )
 
-    model, plan = train_low_rank(case, options, span=(0.0, 1 - tail), loss=loss)
-    compact = rp.factorize(model, plan)
+    model, reached = train_low_rank(
+        case, options, span=(0.0, 1 - tail), loss=loss, after_attach=after_attach
+    )
+    compact = rp.factorize(model, reached)
     if not tail:
         return Result(compact, model)
     train(compact, case.data, case.training, span=(1 - tail, 1.0), loss=loss)
     return Result(compact, rp.defactorize(compact))
 
 
-METHODS: dict[str, Method] = {
-    "ours": ours,
-    "ours-without-tail": partial(ours, tail=0.0),
-}
+METHODS: dict[str, Method] = {"ours": ours}

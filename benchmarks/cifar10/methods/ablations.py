@@ -1,0 +1,70 @@
+"""The recipe with one piece taken out, put in or turned: what each is worth."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from case import Case, Method
+
+import rankprune as rp
+from methods.ours import ours
+
+
+def by_energy(case: Case) -> rp.Plan:
+    """Ranks by the dense network's spectra, kept through the run."""
+    return case.plan("spatial")
+
+
+def by_output(case: Case) -> rp.Plan:
+    """... by the errors of the layers' outputs."""
+    return case.plan("spatial", rp.calibrate(case.trained.eval(), case.images))
+
+
+def by_sensitivity(case: Case) -> rp.Plan:
+    """... by what those errors do to the answers."""
+    stats = rp.calibrate(case.trained.eval(), case.images, sensitivity=True)
+    return case.plan("spatial", stats)
+
+
+def transfer_energy(controller: rp.Controller) -> None:
+    """Scale what a projection has kept to the energy that it had before (LRPET, arXiv 2109.05175).
+
+    A multiple of a matrix has its rank, so the decomposition stays exact.
+    """
+    modules = dict(controller.model.named_modules())
+
+    @torch.no_grad()
+    def scale() -> None:
+        for name, energy in controller.energies.items():
+            modules[name].weight.mul_(energy**-0.5)
+
+    projecting = controller.project
+
+    def project() -> None:
+        projecting()
+        scale()
+
+    controller.project = project  # type: ignore[method-assign]
+
+
+METHODS: dict[str, Method] = {
+    "ours-without-tail": partial(ours, tail=0.0),
+    "ours-tail-0.25": partial(ours, tail=0.25),
+    "ours-tail-0.75": partial(ours, tail=0.75, descent=0.2),
+    "ours-descent-0.1": partial(ours, descent=0.1),
+    "ours-descent-0.5": partial(ours, descent=0.5),
+    "ours-every-5": partial(ours, every=5),
+    "ours-every-20": partial(ours, every=20),
+    "ours-nuclear": partial(ours, nuclear=3e-4),
+    "ours-nuclear-proximal": partial(ours, nuclear=3e-4, nuclear_mode="decoupled"),
+    "ours-labels-only": partial(ours, soft=False),
+    "ours-answers-only": partial(ours, match=0.0),
+    "ours-match-10": partial(ours, match=10.0),
+    "ours-fixed-plan": partial(ours, plan=by_energy),
+    "ours-by-output": partial(ours, plan=by_output),
+    "ours-by-sensitivity": partial(ours, plan=by_sensitivity),
+    "ours-energy-transfer": partial(ours, after_attach=transfer_energy),
+    "ours-channel": partial(ours, scheme="channel"),
+    "ours-any-scheme": partial(ours, scheme="auto"),
+}
