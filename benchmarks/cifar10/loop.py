@@ -111,7 +111,7 @@ def train(
         done = min(last, (epoch + 1) * each)
         mean = losses.item() / max(1, done - max(first, epoch * each))
         if not math.isfinite(mean):
-            raise SystemExit(f"epoch {done / each:.2f}: the loss is {mean}")
+            raise FloatingPointError(f"epoch {done / each:.2f}: the loss is {mean}")
         if done == last or not (epoch + 1) % max(1, training.epochs // 10):
             print(f"  epoch {done / each:.2f}: loss {mean:.4f}, {minutes:.1f} min", file=sys.stderr)
         losses.zero_()

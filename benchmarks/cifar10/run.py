@@ -5,7 +5,8 @@
 
 Each row is written to results.json when it is done, in place of an older one; rows that are there
 already are passed over unless --again is given, so a command that was killed can be run again.
-`--validate` prints the accuracy on the 5,000 images kept back for choosing, and writes nothing.
+`--validate` reads the accuracy on the 5,000 images kept back for choosing, and writes to
+validation.json. `--grid FILE` makes the rows of many commands, one a line.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ import argparse
 import itertools
 import json
 import os
+import shlex
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +41,6 @@ from networks import NETWORKS, build  # noqa: E402
 
 import rankprune as rp  # noqa: E402
 
-RESULTS = HERE / "results.json"
 #: What tells rows apart.
 KEY = ("model", "start", "method", "target", "epochs", "seed")
 
@@ -57,46 +61,66 @@ def measured(case: Case, result: Result, part: Part) -> dict[str, Any]:
 _KEEPING = threading.Lock()
 
 
-def keep(row: dict[str, Any]) -> None:
-    """Put a row into results.json, and the dense network's accuracy beside all of its kind."""
+def keep(row: dict[str, Any], file: Path) -> None:
+    """Put a row into a file of results, and the dense network's accuracy beside all of its kind."""
     with _KEEPING:
-        rows = [r for r in read() if any(r[k] != row[k] for k in KEY)] + [row]
+        rows = [r for r in read(file) if any(r[k] != row[k] for k in KEY)] + [row]
         rows.sort(key=lambda r: [str(r[k]) for k in KEY])
         alike = ("model", "start", "epochs", "seed")
         dense = {tuple(r[k] for k in alike): r["accuracy"] for r in rows if r["method"] == "dense"}
         for r in rows:
             r["dense_accuracy"] = dense.get(tuple(r[k] for k in alike))
-        scratch = RESULTS.with_suffix(".tmp")
+        scratch = file.with_suffix(".tmp")
         scratch.write_text(json.dumps(rows, indent=1) + "\n")
-        os.replace(scratch, RESULTS)
+        os.replace(scratch, file)
 
 
-def read() -> list[dict[str, Any]]:
+def read(file: Path) -> list[dict[str, Any]]:
     """The rows so far."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    return json.loads(file.read_text()) if file.exists() else []
 
 
-def run(key: dict[str, Any], target: float, data: Cifar, args: argparse.Namespace) -> None:
-    """Make one row: train, measure, print, and keep it unless validating."""
-    training = Training(
-        epochs=args.epochs, lr=args.lr, batch=args.batch, seed=key["seed"], bf16=not args.fp32
-    )
-    with _own_stream(args.device):
-        model = build(args.model, args.weights, key["seed"]).to(args.device)
-        case = Case(model, data, training, target)
-        started = time.perf_counter()
-        result = METHODS[key["method"]](case)
-        minutes = (time.perf_counter() - started) / 60
-        part = data.validation if args.validate else data.test
-        row = {**key, **measured(case, result, part), "minutes": round(minutes, 2)}
-    print(json.dumps(row), flush=True)
-    if args.out:
-        state = {k: v.cpu().contiguous() for k, v in result.compact.state_dict().items()}
-        save_file(state, args.out)
-    if not args.validate:
+@dataclass(frozen=True)
+class Row:
+    """What is to be made: what tells it from other rows, and how.
+
+    Attributes:
+        key: values of `KEY`.
+        target: FLOPs reduction, also for a method whose row has none.
+        args: the options it was asked for by.
+    """
+
+    key: dict[str, Any]
+    target: float
+    args: argparse.Namespace
+
+    @property
+    def there(self) -> bool:
+        """Whether the file of results has it."""
+        known = () if self.args.again else read(self.args.results)
+        return any(all(row[k] == self.key[k] for k in KEY) for row in known)
+
+    def make(self, data: Cifar) -> None:
+        """Train, measure, print, keep."""
+        args, seed = self.args, self.key["seed"]
+        training = Training(
+            epochs=args.epochs, lr=args.lr, batch=args.batch, seed=seed, bf16=not args.fp32
+        )
+        with _own_stream(args.device):
+            model = build(args.model, args.weights, seed).to(args.device)
+            case = Case(model, data, training, self.target)
+            started = time.perf_counter()
+            result = METHODS[self.key["method"]](case)
+            minutes = (time.perf_counter() - started) / 60
+            part = data.validation if args.validate else data.test
+            row = {**self.key, **measured(case, result, part), "minutes": round(minutes, 2)}
+        print(json.dumps(row), flush=True)
+        if args.out:
+            state = {k: v.cpu().contiguous() for k, v in result.compact.state_dict().items()}
+            save_file(state, args.out)
         precision = "fp32" if args.fp32 else "bf16"
         settings = {"lr": args.lr, "batch": args.batch, "precision": precision, "jobs": args.jobs}
-        keep({**row, **settings, **conditions()})
+        keep({**row, **settings, **conditions()}, args.results)
 
 
 def _own_stream(device: torch.device) -> AbstractContextManager[Any]:
@@ -104,9 +128,9 @@ def _own_stream(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext()
 
 
-def main() -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--data", required=True, help="image folder, or torchvision:FOLDER")
+    parser.add_argument("--data", help="image folder, what images.py made of it, torchvision:DIR")
     parser.add_argument("--weights", type=Path, help="dense .safetensors; default: from the seed")
     parser.add_argument("--model", choices=list(NETWORKS), default="resnet20")
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=["ours"])
@@ -118,16 +142,26 @@ def main() -> None:
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 in training")
     parser.add_argument("--validate", action="store_true", help="for choosing: see above")
     parser.add_argument("--again", action="store_true", help="rows that are there already as well")
+    parser.add_argument("--results", type=Path, help="default: results.json or validation.json")
     parser.add_argument("--out", type=Path, help="keep a row's weights, as .safetensors")
+    parser.add_argument("--grid", type=Path, help="options for rows, a line each; # and $NAME work")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time, for a GPU")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # accuracies are read in fp32
-    data = load(args.data, workers=max(2, args.threads)).to(args.device)
-    rows = []
+    return parser
+
+
+def _asked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterator[Row]:
+    """The rows that a command or the lines of a grid ask for."""
+    if args.grid:
+        for line in args.grid.read_text().splitlines():
+            words = shlex.split(os.path.expandvars(line), comments=True)
+            if words:
+                common = argparse.Namespace(**{**vars(args), "grid": None})
+                yield from _asked(parser, parser.parse_args(words, common))
+        return
+    if args.results is None:
+        args.results = HERE / ("validation.json" if args.validate else "results.json")
     for seed, target, method in itertools.product(args.seed, args.target, args.method):
         key = {
             "model": args.model,
@@ -137,17 +171,40 @@ def main() -> None:
             "epochs": 0 if method in UNTRAINED else args.epochs,
             "seed": seed,
         }
-        known = () if args.validate or args.again else read()
-        if any(all(row[k] == key[k] for k in KEY) for row in known):
-            print(f"{key}: there already", file=sys.stderr)
-        elif key not in [other for other, _ in rows]:
-            rows.append((key, target))
+        yield Row(key, target, args)
+
+
+def main() -> None:
+    parser = _parser()
+    args = parser.parse_args()
+    if not args.data:
+        parser.error("--data is needed")
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # accuracies are read in fp32
+    rows: list[Row] = []
+    for row in _asked(parser, args):
+        if row.there:
+            print(f"{row.key}: there already", file=sys.stderr)
+        elif all(row.key != other.key for other in rows):
+            rows.append(row)
+    data = load(args.data, workers=max(2, args.threads)).to(args.device)
     if args.device.type == "cuda":
         torch.cuda.synchronize()
     with ThreadPoolExecutor(args.jobs) as pool:
-        pending = [pool.submit(run, key, target, data, args) for key, target in rows]
-        for row in pending:
-            row.result()
+        made = list(pool.map(lambda row: _attempt(row, data), rows))
+    sys.exit(not all(made))
+
+
+def _attempt(row: Row, data: Cifar) -> bool:
+    """Make a row; the others go on if it fails."""
+    try:
+        row.make(data)
+    except Exception:
+        traceback.print_exc()
+        print(f"{row.key}: failed", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 if __name__ == "__main__":
