@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from _harness import RESULTS
+from cifar10.means import means
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -214,17 +215,23 @@ def reliability(theme: str) -> Callable[[], str]:
     return table
 
 
-def cifar10(model: str) -> Callable[[], str]:
-    """Methods that train, by the FLOPs reduction that they were asked for."""
+def _cifar10(file: str, model: str) -> list[dict[str, Any]]:
+    path = DOCS.parent / "benchmarks/cifar10" / file
+    rows: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return means([row for row in rows if row["model"] == model])
+
+
+def cifar10(model: str, *, trained: bool = True) -> Callable[[], str]:
+    """Methods by the FLOPs reduction that they were asked for: means over seeds."""
 
     def table() -> str:
-        path = DOCS.parent / "benchmarks/cifar10/results.json"
-        rows = [r for r in json.loads(path.read_text()) if r["model"] == model]
-        rows = [r for r in rows if r["epochs"] and r["method"] != "dense"]
-        rows.sort(key=lambda r: (r["target"] or 0, r["epochs"], -r["accuracy"]))
+        rows = [r for r in _cifar10("results.json", model) if (r["epochs"] > 0) == trained]
+        rows = [r for r in rows if r["method"] != "dense" and r["start"] != "random"]
+        rows.sort(key=lambda r: (r["epochs"], r["target"] or 0, -r["accuracy"]))
         lines = [
-            "| asked for | method | FLOPs | accuracy (− dense) | decomposed − projected | epochs |",
-            "|---|---|---|---|---|---|",
+            "| epochs | asked for | method | FLOPs | parameters | accuracy (− dense) "
+            "| decomposed − projected | seeds |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         for row in rows:
             target = "" if row["target"] is None else f"{row['target']:g} ×"
@@ -232,8 +239,33 @@ def cifar10(model: str) -> Callable[[], str]:
             lost = "" if projected is None else f"{row['accuracy'] - projected:.2f}"
             below = "" if dense is None else f" ({row['accuracy'] - dense:+.2f})"
             lines.append(
-                f"| {target} | {row['method']} | {row['flops_reduction']:.2f} × "
-                f"| {row['accuracy']:.2f}{below} | {lost} | {row['epochs']} |"
+                f"| {row['epochs']} | {target} | {row['method']} | {row['flops_reduction']:.2f} × "
+                f"| {row['params_reduction']:.2f} × | {row['accuracy']:.2f}{below} | {lost} "
+                f"| {row['seeds']} |"
+            )
+        return "\n".join(lines)
+
+    return table
+
+
+def ablations(model: str) -> Callable[[], str]:
+    """What the recipe is without each piece, on the images kept back: means over seeds."""
+
+    def table() -> str:
+        rows = [r for r in _cifar10("validation.json", model) if r["method"].startswith("ours")]
+        full = {(r["start"], r["target"], r["epochs"]): r for r in rows if r["method"] == "ours"}
+        rows.sort(key=lambda r: (r["epochs"], r["target"], -r["accuracy"]))
+        lines = [
+            "| epochs | asked for | method | FLOPs | accuracy | against `ours` | seeds |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            other = full.get((row["start"], row["target"], row["epochs"]))
+            gain = "" if other is None else f"{row['accuracy'] - other['accuracy']:+.2f}"
+            lines.append(
+                f"| {row['epochs']} | {row['target']:g} × | {row['method']} "
+                f"| {row['flops_reduction']:.2f} × | {row['accuracy']:.2f} | {gain} "
+                f"| {row['seeds']} |"
             )
         return "\n".join(lines)
 
@@ -252,8 +284,12 @@ def mutation() -> str:
 
 
 PAGES = {
-    "training.md": {
+    "cifar10.md": {
         "resnet20": cifar10("resnet20"),
+        "resnet20 untrained": cifar10("resnet20", trained=False),
+        "resnet56": cifar10("resnet56"),
+        "vgg": cifar10("vgg"),
+        "ablations": ablations("resnet20"),
     },
     "projection.md": {
         "projection": projection,

@@ -186,7 +186,7 @@ def main() -> None:
     for row in _asked(parser, args):
         if row.there:
             print(f"{row.key}: there already", file=sys.stderr)
-        elif all(row.key != other.key for other in rows):
+        elif row not in rows:
             rows.append(row)
     data = load(args.data, workers=max(2, args.threads)).to(args.device)
     if args.device.type == "cuda":

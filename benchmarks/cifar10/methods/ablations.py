@@ -13,18 +13,18 @@ from methods.ours import ours
 
 def by_energy(case: Case) -> rp.Plan:
     """Ranks by the dense network's spectra, kept through the run."""
-    return case.plan("spatial")
+    return case.plan("auto")
 
 
 def by_output(case: Case) -> rp.Plan:
     """... by the errors of the layers' outputs."""
-    return case.plan("spatial", rp.calibrate(case.trained.eval(), case.images))
+    return case.plan("auto", rp.calibrate(case.trained.eval(), case.images))
 
 
 def by_sensitivity(case: Case) -> rp.Plan:
     """... by what those errors do to the answers."""
     stats = rp.calibrate(case.trained.eval(), case.images, sensitivity=True)
-    return case.plan("spatial", stats)
+    return case.plan("auto", stats)
 
 
 def transfer_energy(controller: rp.Controller) -> None:
@@ -66,5 +66,6 @@ METHODS: dict[str, Method] = {
     "ours-by-sensitivity": partial(ours, plan=by_sensitivity),
     "ours-energy-transfer": partial(ours, after_attach=transfer_energy),
     "ours-channel": partial(ours, scheme="channel"),
-    "ours-any-scheme": partial(ours, scheme="auto"),
+    "ours-spatial": partial(ours, scheme="spatial"),
+    "ours-decoupled": partial(ours, scheme="decoupled"),
 }

@@ -7,6 +7,8 @@ from functools import partial
 from case import Case, Method, Result, decompose
 from loop import labels_only, train
 
+from rankprune.recipes.config import MATCH
+
 
 def fine_tuned(case: Case, *, scheme: str, soft: bool = False, match: float = 0.0) -> Result:
     """`soft` learns from the dense network's answers too, `match` from its blocks' outputs."""
@@ -20,5 +22,8 @@ METHODS: dict[str, Method] = {
     "svd-fine-tuned-channel": partial(fine_tuned, scheme="channel"),
     "svd-fine-tuned-spatial": partial(fine_tuned, scheme="spatial"),
     "svd-distilled-spatial": partial(fine_tuned, scheme="spatial", soft=True),
-    "svd-matched-spatial": partial(fine_tuned, scheme="spatial", soft=True, match=3.0),
+    "svd-matched-spatial": partial(fine_tuned, scheme="spatial", soft=True, match=MATCH),
+    "svd-fine-tuned-auto": partial(fine_tuned, scheme="auto"),
+    "svd-distilled-auto": partial(fine_tuned, scheme="auto", soft=True),
+    "svd-matched-auto": partial(fine_tuned, scheme="auto", soft=True, match=MATCH),
 }

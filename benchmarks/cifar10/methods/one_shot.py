@@ -20,7 +20,9 @@ METHODS: dict[str, Method] = {
     "one-shot-spatial": partial(one_shot, scheme="spatial"),
     "one-shot-channel+bn": partial(one_shot, scheme="channel", bn=True),
     "one-shot-spatial+bn": partial(one_shot, scheme="spatial", bn=True),
+    "one-shot-auto+bn": partial(one_shot, scheme="auto", bn=True),
     "aware-channel+bn": partial(one_shot, scheme="channel", bn=True, aware=True),
     "aware-spatial": partial(one_shot, scheme="spatial", aware=True),
     "aware-spatial+bn": partial(one_shot, scheme="spatial", bn=True, aware=True),
+    "aware-auto+bn": partial(one_shot, scheme="auto", bn=True, aware=True),
 }

@@ -16,7 +16,7 @@ DEFAULT = TrainConfig.model_fields
 def ours(
     case: Case,
     *,
-    scheme: str = "spatial",
+    scheme: str = DEFAULT["scheme"].default,
     descent: float = DEFAULT["descent"].default,
     tail: float = DEFAULT["tail"].default,
     every: int = DEFAULT["every"].default,
@@ -31,7 +31,7 @@ def ours(
 
     Args:
         case: the task.
-        scheme: of all layers.
+        scheme: of all layers, or "auto" for the best of each.
         descent: share of the run over which the budget comes down.
         tail: share of the run, at its end, in which the factors are trained.
         every: period of the projections before.
