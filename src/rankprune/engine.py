@@ -348,7 +348,7 @@ def _start_size(job: Job, rank: int) -> int | None:
     small = min(job.shape.rows, job.shape.cols)
     if job.dtype == torch.float64:
         return None
-    if small < SMALLEST_SIDE and not in_lockstep(job.device):
+    if small < SMALLEST_SIDE and not (isinstance(job.rank, int) and in_lockstep(job.device)):
         return None
     if not isinstance(job.rank, int):
         if not job.leading:

@@ -99,7 +99,8 @@ def _forbid_reduced() -> Callable[[], None]:
         legacy = torch.get_float32_matmul_precision()
     except RuntimeError:
         legacy = "highest"
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    modules: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
+    backends: list[Any] = [getattr(module, "matmul", None) for module in modules]
     backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]
     before = [backend.fp32_precision for backend in backends]
     if legacy != "highest":

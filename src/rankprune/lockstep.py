@@ -174,7 +174,7 @@ class _Batch:
             factor = torch.add(self.identity, product, alpha=-(scale**2) / 3)
             root = torch.baddbmm(root, root, factor, beta=0, alpha=1.5 * scale)
             inverse = torch.baddbmm(inverse, factor, inverse, beta=0, alpha=1.5 * scale)
-            product = inverse @ root
+            product = torch.bmm(inverse, root)
             least = 0.5 * scale * least * (3 - scale**2 * least**2)
         distance = torch.linalg.matrix_norm(product - self.identity)
         return inverse * norms.rsqrt(), distance
@@ -202,7 +202,7 @@ def project_together(tasks: Sequence[Task]) -> list[Round]:
         matrices.div_(own[:, None, None])
         sketch = gaussian(group.small, matrices.device).expand(len(matrices), -1, -1)
         start = group.start * own[:, None, None]
-        both = torch.cat([start, sketch], -1).mT @ matrices
+        both = torch.bmm(torch.cat([start, sketch], -1).mT, matrices)
         rows.append(both[:, : group.rank])
         images.append(both[:, group.rank :])
     inverse, diagonal = batch.whitening(batch.grams(rows))
@@ -211,10 +211,10 @@ def project_together(tasks: Sequence[Task]) -> list[Round]:
     right: list[Tensor] = []  # V
     left: list[Tensor] = []  # Zᵀ, then U
     for index, group in enumerate(groups):
-        basis, image = batch.of(inverse, group) @ rows[index], images[index]
+        basis, image = torch.bmm(batch.of(inverse, group), rows[index]), images[index]
         for _ in range(2):  # of M's large part the first time leaves its rounding
-            image = torch.baddbmm(image, image @ basis.mT, basis, alpha=-1)
-        both = torch.cat([basis, image], 1) @ group.matrices.mT
+            image = torch.baddbmm(image, torch.bmm(image, basis.mT), basis, alpha=-1)
+        both = torch.bmm(torch.cat([basis, image], 1), group.matrices.mT)
         right.append(basis)
         left.append(both[:, : group.rank])
         images[index] = both[:, group.rank :]
@@ -222,7 +222,7 @@ def project_together(tasks: Sequence[Task]) -> list[Round]:
     inverse, diagonal = batch.whitening(kept)
     sound &= torch.isfinite(diagonal).all(-1)
     for index, group in enumerate(groups):
-        left[index] = batch.of(inverse, group) @ left[index]
+        left[index] = torch.bmm(batch.of(inverse, group), left[index])
     # one Cholesky QR is as wrong as Z's condition squared; a step of Newton–Schulz squares that
     overlap = batch.grams(left)
     wrong = torch.linalg.matrix_norm(overlap - batch.identity)
@@ -230,13 +230,14 @@ def project_together(tasks: Sequence[Task]) -> list[Round]:
     factors: list[Tensor] = []  # A
     nearest: list[Tensor] = []
     for index, group in enumerate(groups):
-        basis = left[index] = batch.of(polish, group) @ left[index]
-        both = torch.cat([basis, images[index]], 1) @ group.matrices
+        basis = left[index] = torch.bmm(batch.of(polish, group), left[index])
+        both = torch.bmm(torch.cat([basis, images[index]], 1), group.matrices)
         factor = both[:, : group.rank]
         vector_norm(both[:, group.rank :], dim=(-2, -1), out=rest[group.where])
-        new = torch.baddbmm(factor, factor @ right[index].mT, right[index], alpha=-1)
+        old = torch.bmm(factor, right[index].mT)
+        new = torch.baddbmm(factor, old, right[index], alpha=-1)
         vector_norm(new, dim=(-2, -1), out=gained[group.where])
-        near = basis.mT @ factor
+        near = torch.bmm(basis.mT, factor)
         vector_norm(group.matrices - near, dim=(-2, -1), out=residual[group.where])
         nearest.append(near.mul_(norm[group.where, None, None]))
         factors.append(factor)
@@ -259,10 +260,10 @@ def project_together(tasks: Sequence[Task]) -> list[Round]:
     starts: list[Tensor] = []
     polars: list[Tensor | None] = []
     for index, group in enumerate(groups):
-        turned = batch.of(turn, group) @ left[index]
+        turned = torch.bmm(batch.of(turn, group), left[index])
         starts.append((turned / norm[group.where, None, None]).mT.contiguous())
         wanted = any(tasks[i].polar for i in group.members)
-        polars.append(turned.mT @ factors[index] if wanted else None)
+        polars.append(torch.bmm(turned.mT, factors[index]) if wanted else None)
 
     looked = torch.stack([certified.float(), 1 - residual.square(), norm, distance]).tolist()
     found: dict[int, Round] = {}
@@ -292,7 +293,9 @@ def project_together(tasks: Sequence[Task]) -> list[Round]:
 def _alike(tasks: Sequence[Task]) -> list[list[int]]:
     """Tasks that go in one stack: the same smaller side and rank, similar larger sides."""
     alike: list[list[int]] = []
-    order = sorted(range(len(tasks)), key=lambda i: (tasks[i].small, tasks[i].rank, -tasks[i].large))
+    order = sorted(
+        range(len(tasks)), key=lambda i: (tasks[i].small, tasks[i].rank, -tasks[i].large)
+    )
     used = stored = 0
     for i in order:
         task = tasks[i]
