@@ -93,7 +93,9 @@ NETWORKS = {
     ),
     "llama_7b_block": Network(LlamaBlock, 1, (64, 4096), ("linear",), adamw),
     # one matrix of that block, 11008×4096
-    "llama_7b_matrix": Network(lambda: nn.Linear(4096, 11008), 64, (4096,), ("linear",), adamw),
+    "llama_7b_matrix": Network(
+        lambda: nn.Sequential(nn.Linear(4096, 11008)), 64, (4096,), ("linear",), adamw
+    ),
 }
 
 
