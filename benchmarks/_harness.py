@@ -24,6 +24,7 @@ from rankprune.runtimes import alternate, processor
 
 __all__ = [
     "RESULTS",
+    "add_device",
     "alternate",
     "arguments",
     "conditions",
@@ -32,6 +33,8 @@ __all__ = [
     "ratios",
     "say",
     "spread",
+    "suffix",
+    "wait",
 ]
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,6 +47,22 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--save", action="store_true", help="keep the result in benchmarks/results")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option of those benchmarks that run on a GPU too."""
+    parser.add_argument("--device", default="cpu", help="such as cuda")
+
+
+def suffix(options: argparse.Namespace) -> str:
+    """What tells a result's file from the CPU's."""
+    return "" if options.device == "cpu" else f"-{torch.device(options.device).type}"
+
+
+def wait(device: str) -> None:
+    """Until the device has done all that it was asked for."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def spread(values: list[float]) -> dict[str, float]:

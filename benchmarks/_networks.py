@@ -53,10 +53,10 @@ def _timm(name: str) -> nn.Module:
     return timm.create_model(name, pretrained=False)
 
 
-def _pytorchcv(name: str) -> nn.Module:
-    from pytorchcv.model_provider import get_model
+def _cifar10(name: str) -> nn.Module:
+    from cifar10.networks import NETWORKS as SMALL
 
-    return get_model(name, pretrained=False)
+    return SMALL[name]()
 
 
 class LlamaBlock(nn.Module):
@@ -72,14 +72,15 @@ class LlamaBlock(nn.Module):
         self.rotary = LlamaRotaryEmbedding(config)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        positions = torch.arange(hidden.shape[1])[None]
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         out = self.layer(hidden, position_embeddings=self.rotary(hidden, positions))
         return out[0] if isinstance(out, tuple) else out
 
 
 NETWORKS = {
+    # He's own for CIFAR-10, whose shortcuts have no weights
     "resnet20": Network(
-        lambda: _pytorchcv("resnet20_cifar10"), 128, (3, 32, 32), ("channel", "spatial"), sgd
+        lambda: _cifar10("resnet20"), 128, (3, 32, 32), ("channel", "spatial"), sgd
     ),
     "resnet18": Network(
         lambda: _torchvision("resnet18"), 32, (3, 224, 224), ("channel", "spatial"), sgd
@@ -91,6 +92,10 @@ NETWORKS = {
         lambda: _timm("vit_base_patch16_224"), 4, (3, 224, 224), ("linear",), adamw
     ),
     "llama_7b_block": Network(LlamaBlock, 1, (64, 4096), ("linear",), adamw),
+    # one matrix of that block, 11008×4096
+    "llama_7b_matrix": Network(
+        lambda: nn.Sequential(nn.Linear(4096, 11008)), 64, (4096,), ("linear",), adamw
+    ),
 }
 
 
@@ -102,6 +107,7 @@ class Training:
         batch: images a step; the network's own where None.
         size: of one input; the network's own where None.
         learning_rate: the optimizer's own where None.
+        device: where.
     """
 
     def __init__(
@@ -111,17 +117,18 @@ class Training:
         batch: int | None = None,
         size: tuple[int, ...] | None = None,
         learning_rate: float | None = None,
+        device: str = "cpu",
     ) -> None:
         torch.manual_seed(0)
-        self.model = network.build().train()
+        self.model = network.build().train().to(device)
         self.optimizer = network.optimizer(self.model.parameters())
         if learning_rate is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
         batch, size = batch or network.batch, size or network.size
         generator = torch.Generator().manual_seed(1)
-        self.inputs = torch.randn(POOL, batch, *size, generator=generator)
-        self.targets = torch.randint(10, (POOL, batch), generator=generator)
+        self.inputs = torch.randn(POOL, batch, *size, generator=generator).to(device)
+        self.targets = torch.randint(10, (POOL, batch), generator=generator).to(device)
         self._batches = self._cycle()
 
     def step(self) -> None:

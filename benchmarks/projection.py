@@ -7,10 +7,11 @@ starts from the last one's subspaces, after the training has moved the weights i
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from _harness import alternate, arguments, finish, ratios, say, spread
+from _harness import add_device, alternate, arguments, finish, ratios, say, spread, suffix, wait
 from _networks import NETWORKS, Network, Training
 from torch import Tensor
 
@@ -108,13 +109,25 @@ def measure(network: Network, scheme: str, options: argparse.Namespace) -> dict[
     if len(size) == 3 and size[-1] == 224 and scheme != "linear":
         size = (3, 64, 64)  # the weights are the same, the steps cheaper
     training = Training(
-        network, batch=min(network.batch, 16), size=size, learning_rate=options.learning_rate
+        network,
+        batch=min(network.batch, 16),
+        size=size,
+        learning_rate=options.learning_rate,
+        device=options.device,
     )
     projection = Projection(training, scheme)
     result: dict[str, Any] = {"layers": len(projection.plan.factorized)}
     weights = sum(weight.numel() for weight in projection.weights.values())
     large = weights > 1e8  # svd takes minutes
     once = options.quick or large
+
+    def waited(call: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            call()
+            wait(options.device)
+
+        return run
+
     for phase in ("cold", "steady"):
         if phase == "steady":
             projection.train(2 if once else options.periods)
@@ -125,7 +138,8 @@ def measure(network: Network, scheme: str, options: argparse.Namespace) -> dict[
                 variants["rankprune_without_starts"] = projection.without_starts
         if not large:
             projection.controller.project()  # the first call of anything is slower
-        seconds = alternate(variants, 1 if once else options.repeats, projection.restore)
+        timed = {name: waited(call) for name, call in variants.items()}
+        seconds = alternate(timed, 1 if once else options.repeats, waited(projection.restore))
         entry: dict[str, Any] = {
             "seconds": {name: spread(values) for name, values in seconds.items()},
             "speedup": ratios(seconds["svd"], seconds["rankprune"]),
@@ -142,18 +156,27 @@ def measure(network: Network, scheme: str, options: argparse.Namespace) -> dict[
 
 def main() -> None:
     parser = arguments(__doc__)
+    add_device(parser)
     parser.add_argument("--networks", nargs="*", choices=NETWORKS)
+    parser.add_argument("--schemes", nargs="*", choices=("channel", "spatial", "linear"))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--periods", type=int, default=5, help="projections before the steady one")
     parser.add_argument("--learning-rate", type=float, help="instead of the network's own")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    settings = {"ratio": RATIO, "every": EVERY, "learning_rate": options.learning_rate}
+    settings = {
+        "ratio": RATIO,
+        "every": EVERY,
+        "learning_rate": options.learning_rate,
+        "device": options.device,
+    }
     found: dict[str, Any] = {}
     for name in options.networks or (QUICK if options.quick else NETWORKS):
         say(options, name)
         network = NETWORKS[name]
         schemes = network.schemes[:1] if options.quick else network.schemes
+        if options.schemes:
+            schemes = tuple(scheme for scheme in schemes if scheme in options.schemes)
         by_scheme = {scheme: measure(network, scheme, options) for scheme in schemes}
         first = by_scheme[schemes[0]]
         found[name] = {
@@ -170,7 +193,7 @@ def main() -> None:
         }
         if options.save:
             alone = {"settings": settings, "networks": {name: found[name]}}
-            finish(f"projection-{name}", alone, options)
+            finish(f"projection-{name}{suffix(options)}", alone, options)
     if not options.save:
         finish("projection", {"settings": settings, "networks": found}, options)
 

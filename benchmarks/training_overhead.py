@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _harness import arguments, finish, ratios, say, spread
+from _harness import add_device, arguments, finish, ratios, say, spread, suffix, wait
 from _networks import NETWORKS, Network, Training
 
 import rankprune as rp
@@ -62,7 +62,7 @@ def _authors(training: Training) -> Callable[[], None]:
 
 def measure(network: Network, options: argparse.Namespace) -> dict[str, Any]:
     def fresh() -> Training:
-        return Training(network, batch=options.batch)
+        return Training(network, batch=options.batch, device=options.device)
 
     steps = {
         "plain": fresh().step,
@@ -76,15 +76,22 @@ def measure(network: Network, options: argparse.Namespace) -> dict[str, Any]:
     for step in steps.values():
         for _ in range(2):  # the first projection is a cold one
             step()
+    counts = dict.fromkeys(steps, 20) | {"authors": options.authors_steps}
+    # step by step on a CPU; a GPU is not to be waited for within a block
+    turns = 20 if options.device == "cpu" else 1
     for _ in range(blocks):
         block = dict.fromkeys(steps, 0.0)
-        for _ in range(20):
+        for turn in range(turns):
             for name, step in steps.items():
+                wait(options.device)
                 begin = time.perf_counter()
-                step()
+                for number in range(counts[name]):
+                    if number % turns == turn:
+                        step()
+                wait(options.device)
                 block[name] += time.perf_counter() - begin
         for name, total in block.items():
-            seconds[name].append(total / 20)
+            seconds[name].append(total / counts[name])
     return {
         "seconds_a_step": {name: spread(values) for name, values in seconds.items()},
         **{name: ratios(seconds[name], seconds["plain"]) for name in steps if name != "plain"},
@@ -93,19 +100,22 @@ def measure(network: Network, options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = arguments(__doc__)
+    add_device(parser)
     parser.add_argument("--networks", nargs="*", choices=NETWORKS)
     parser.add_argument("--blocks", type=int, default=5, help="of 20 steps each")
+    parser.add_argument("--authors-steps", type=int, default=20, help="fewer in each block")
     parser.add_argument("--batch", type=int, help="instead of the network's own")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    settings = {"ratio": RATIO, "nuclear": NUCLEAR, "scheme": SCHEME}
+    settings = {"ratio": RATIO, "nuclear": NUCLEAR, "scheme": SCHEME, "device": options.device}
     found: dict[str, Any] = {}
     names = ("resnet20",) if options.quick else ("resnet20", "resnet18")
     for name in options.networks or names:
         entry = measure(NETWORKS[name], options)
         found[name] = {k: entry[k]["median"] for k in ("m20", "m1", "authors")} | {"spread": entry}
         if options.save:
-            finish(f"training_overhead-{name}", {"settings": settings, name: found[name]}, options)
+            alone = {"settings": settings, name: found[name]}
+            finish(f"training_overhead-{name}{suffix(options)}", alone, options)
         say(options, f"{name}: " + ", ".join(f"{k} {found[name][k]:.3f}" for k in list(entry)[1:]))
     if not options.save:
         finish("training_overhead", {"settings": settings, **found}, options)

@@ -17,6 +17,7 @@ from rankprune.linalg import (
     RESIDUAL_PROMISE,
     Decomposition,
     check_finite,
+    full_precision,
     gram_lower,
     singular_values,
 )
@@ -437,3 +438,40 @@ def test_non_finite_weights_are_counted_and_named() -> None:
 def test_numerics_error_is_one_of_ours_and_arithmetic() -> None:
     assert issubclass(NumericsError, RankPruneError)
     assert issubclass(NumericsError, ArithmeticError)
+
+
+@pytest.mark.parametrize("asked", ["highest", "high", "medium"])
+def test_products_are_in_full_precision_whatever_is_allowed(asked: str) -> None:
+    """And the setting comes back, from within, after an error, and with others inside."""
+    a, b = torch.randn(2, 64, 64)
+    expected = a.double() @ b.double()
+
+    def compute() -> None:
+        with full_precision():
+            with full_precision():
+                assert torch.get_float32_matmul_precision() == "highest"
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert ((a @ b) - expected).abs().max() < 1e-4
+            raise KeyError
+
+    torch.set_float32_matmul_precision(asked)
+    try:
+        with pytest.raises(KeyError):
+            compute()
+        assert torch.get_float32_matmul_precision() == asked
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_newer_setting_of_precision_is_heeded() -> None:
+    backend: Any = torch.backends.cuda.matmul
+    if not hasattr(backend, "fp32_precision"):
+        pytest.skip("this torch has the older setting only")
+    before = backend.fp32_precision
+    backend.fp32_precision = "tf32"
+    try:
+        with full_precision():
+            assert backend.fp32_precision == "ieee"
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = before

@@ -3,6 +3,7 @@
 | engine | takes | cost of an n × m matrix, n ≤ m, to rank r |
 |---|---|---|
 | block iteration | where a start is at hand from the last time | 6 n m r, 2 n m r a further step |
+| ... of all layers in lockstep | the same on a GPU, at a given rank | 10 n m r a round |
 | Gram, fp32, then fp64 | everything else in fp32 or less | n² m + eigh(n) + 4 n m r |
 | SVD | fp64, and what the others cannot promise | svd(n, m) |
 
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 from rankprune.errors import naming
-from rankprune.linalg import Decomposition
+from rankprune.linalg import Decomposition, full_precision
+from rankprune.lockstep import Task, project_together
 from rankprune.ranks import Spectrum
 from rankprune.schemes import MatrixShape
 from rankprune.subspace import Subspace, newton_schulz
@@ -31,8 +33,14 @@ from rankprune.subspace import Subspace, newton_schulz
 CHUNK_BYTES = 8 * 2**20
 # Steps of the block iteration, of one product each, before another engine takes over.
 STEPS = 8
-# Below this side the Gram matrix is decomposed in less time than the iteration's calls take.
+# Below this side the Gram matrix is decomposed in less time than the iteration's calls take, but
+# not on a GPU.
 SMALLEST_SIDE = 96
+# Rounds in lockstep, of three products each, before another engine takes over.
+ROUNDS = 3
+# What goes in lockstep at a time: bytes of matrices, and of what is rank × rank, filled up.
+WAVE_BYTES = 512 * 2**20
+WAVE_FILLED = 32 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +79,13 @@ class Job:
         return self.leading
 
     @property
+    def together(self) -> bool:
+        """Whether it is done in lockstep with others."""
+        if self.start is None or not self.warm or not in_lockstep(self.device):
+            return False
+        return self.rank == self.start.shape[-1] < self.shape.max_rank
+
+    @property
     def rough(self) -> bool:
         """Whether fp32 may do; a rule that reads every singular value gets the digits of fp64."""
         return isinstance(self.rank, int) or self.leading
@@ -105,6 +120,11 @@ class Projected:
     start: Tensor | None
 
 
+def in_lockstep(device: torch.device) -> bool:
+    """Whether calls cost more than arithmetic there."""
+    return device.type == "cuda"
+
+
 def project(jobs: Sequence[Job]) -> Iterator[tuple[int, Projected]]:
     """Carry jobs out, in an order that suits them.
 
@@ -117,8 +137,16 @@ def project(jobs: Sequence[Job]) -> Iterator[tuple[int, Projected]]:
     Raises:
         NumericsError: a decomposition did not converge.
     """
+    left = list(range(len(jobs)))
+    for wave in _waves(jobs):
+        with full_precision():
+            done = _in_lockstep(jobs, wave)
+        left = [index for index in left if index not in done]
+        yield from done.items()
+        del done
     groups: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
-    for index, job in enumerate(jobs):
+    for index in left:
+        job = jobs[index]
         key: tuple[object, ...] = (
             job.shape.rows,
             job.shape.cols,
@@ -134,7 +162,64 @@ def project(jobs: Sequence[Job]) -> Iterator[tuple[int, Projected]]:
     for members in groups.values():
         for chunk in _chunks(jobs, members):
             with naming(*(jobs[index].layer for index in chunk if jobs[index].layer)):
-                yield from _project_chunk(jobs, chunk)
+                with full_precision():
+                    results = list(_project_chunk(jobs, chunk))
+                yield from results
+                del results
+
+
+def _waves(jobs: Sequence[Job]) -> Iterator[list[int]]:
+    """Jobs that are done in lockstep, those of similar ranks together."""
+    devices: defaultdict[torch.device, list[int]] = defaultdict(list)
+    for index, job in enumerate(jobs):
+        if job.together:
+            devices[job.device].append(index)
+    for members in devices.values():
+        wave: list[int] = []
+        held = count = used = largest = 0
+        for index in sorted(members, key=lambda i: -_followed(jobs[i])):
+            shape, rank = jobs[index].shape, _followed(jobs[index])
+            size = 4 * shape.batch * shape.rows * shape.cols
+            square = 4 * shape.batch * rank * rank
+            filled = 4 * (count + shape.batch) * largest * largest
+            if wave and (held + size > WAVE_BYTES or filled > WAVE_FILLED + 4 * (used + square)):
+                yield wave
+                wave, held, count, used = [], 0, 0, 0
+            largest = largest if wave else rank
+            wave.append(index)
+            held, count, used = held + size, count + shape.batch, used + square
+        yield wave
+
+
+def _followed(job: Job) -> int:
+    return 0 if job.start is None else job.start.shape[-1]
+
+
+def _in_lockstep(jobs: Sequence[Job], wave: Sequence[int]) -> dict[int, Projected]:
+    """Results of the jobs for which lockstep can promise them."""
+    done: dict[int, Projected] = {}
+    tasks: dict[int, Task] = {}
+    for index in wave:
+        start = jobs[index].start
+        assert start is not None
+        tasks[index] = Task(jobs[index].load(), start, jobs[index].polar)
+    for _ in range(ROUNDS):
+        rounds = dict(zip(tasks, project_together(list(tasks.values())), strict=True))
+        sure = [index for index in tasks if rounds[index].certified]
+        if sure:
+            torch._foreach_copy_(
+                [tasks[index].matrices for index in sure], [rounds[index].nearest for index in sure]
+            )
+        for index in sure:
+            found, task = rounds[index], tasks.pop(index)
+            polar = None if found.polar is None else found.polar.to(task.matrices.dtype)
+            rank = task.start.shape[-1]
+            done[index] = Projected(task.matrices, rank, found.energy, polar, found.start)
+        if not tasks:
+            break
+        for index, task in tasks.items():
+            tasks[index] = replace(task, start=rounds[index].start)
+    return done
 
 
 def _chunks(jobs: Sequence[Job], members: Sequence[int]) -> Iterator[list[int]]:
@@ -261,7 +346,9 @@ def _by_decomposition(
 def _start_size(job: Job, rank: int) -> int | None:
     """How many directions the block iteration is to follow next time; None where it is no gain."""
     small = min(job.shape.rows, job.shape.cols)
-    if job.dtype == torch.float64 or small < SMALLEST_SIDE:
+    if job.dtype == torch.float64:
+        return None
+    if small < SMALLEST_SIDE and not (isinstance(job.rank, int) and in_lockstep(job.device)):
         return None
     if not isinstance(job.rank, int):
         if not job.leading:

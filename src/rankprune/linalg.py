@@ -13,10 +13,12 @@ measures its residual, and the exact SVD takes over where it does not keep that.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -63,6 +65,58 @@ def check_finite(tensor: Tensor, name: str) -> None:
             f"{tensor.numel()}; the training has diverged or the file is damaged: go back to the "
             "last good checkpoint, lower the learning rate or clip gradients"
         )
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of fp32 in fp32, whatever the training has allowed (TF32, bf16).
+
+    The setting is the process's: what other threads compute meanwhile is as precise. It comes back
+    when the last of those that are inside leaves.
+    """
+    with _setting:
+        if not _restore:
+            _restore.append(_forbid_reduced())
+        _inside.append(None)
+    try:
+        yield
+    finally:
+        with _setting:
+            _inside.pop()
+            if not _inside:
+                _restore.pop()()
+
+
+_setting = threading.Lock()
+_inside: list[None] = []
+_restore: list[Callable[[], None]] = []
+
+
+def _forbid_reduced() -> Callable[[], None]:
+    """Forbid reduced precision in products, and say how to undo that."""
+    # torch has two interfaces, and refuses to read the older one where they disagree
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        legacy = "highest"
+    modules: list[Any] = [torch.backends.cuda, torch.backends.mkldnn]
+    backends: list[Any] = [getattr(module, "matmul", None) for module in modules]
+    backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]
+    before = [backend.fp32_precision for backend in backends]
+    if legacy != "highest":
+        torch.set_float32_matmul_precision("highest")
+    for backend in backends:
+        if backend.fp32_precision not in ("ieee", "none"):
+            backend.fp32_precision = "ieee"
+
+    def restore() -> None:
+        if legacy != "highest":
+            torch.set_float32_matmul_precision(legacy)
+        for backend, precision in zip(backends, before, strict=True):
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
+
+    return restore
 
 
 class Decomposition:

@@ -16,9 +16,9 @@ def is_sharded(tensor: Any) -> bool:
 def reshard(model: nn.Module) -> None:
     """Drop the whole weights that FSDP2 keeps after a forward pass; the shards come back."""
     for module in model.modules():
-        release: Any = getattr(module, "reshard", None)
-        if release is not None and hasattr(module, "unshard"):
-            release()
+        kind = type(module)  # a class tells faster than a module what it lacks
+        if hasattr(kind, "reshard") and hasattr(kind, "unshard"):
+            module.reshard()  # type: ignore[operator]
 
 
 def local_part(tensor: Any) -> Tensor:

@@ -244,9 +244,10 @@ class Subspace:
         lower, failed = torch.linalg.cholesky_ex(torch.nan_to_num(kept.gram))
         # tr(B T⁻¹ Bᵀ) = ‖Dᵀ Z L⁻ᵀ‖_F² for T = L Lᵀ
         exactly = rank <= PROBES
-        probes = torch.eye(rank).to(kept.left) if exactly else _probes(rank, kept.left)
+        identity = torch.eye(rank, dtype=kept.left.dtype, device=kept.left.device)
+        probes = identity if exactly else gaussian(rank, kept.left.device)
         whitened = torch.linalg.solve_triangular(lower.mT, probes, upper=True)
-        sketch = _probes(kept.left.shape[-2], kept.left).expand(len(lower), -1, -1)
+        sketch = gaussian(kept.left.shape[-2], kept.left.device).expand(len(lower), -1, -1)
         # in one product, which has to read the whole matrix
         images = self._rest_under(torch.cat([kept.left @ whitened, sketch], -1))
         coupling, images = images.split([probes.shape[-1], PROBES], -1)
@@ -364,14 +365,11 @@ def _inverse_root(gram: Tensor, zero: float) -> Tensor:
     return (vectors * scale.unsqueeze(-2)) @ vectors.mT
 
 
-def _probes(rows: int, like: Tensor) -> Tensor:
-    """Gaussian vectors, always the same: [rows, PROBES]."""
-    return _gaussian(rows).to(like)
-
-
-@lru_cache(maxsize=64)
-def _gaussian(rows: int) -> Tensor:
-    return torch.randn(rows, PROBES, generator=torch.Generator().manual_seed(rows))
+@lru_cache(maxsize=256)
+def gaussian(rows: int, device: torch.device) -> Tensor:
+    """Gaussian vectors, the same on every device: [rows, PROBES], fp32."""
+    vectors = torch.randn(rows, PROBES, generator=torch.Generator().manual_seed(rows))
+    return vectors.to(device)
 
 
 def _column_norms(matrix: Tensor) -> Tensor:

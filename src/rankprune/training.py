@@ -161,13 +161,14 @@ class Controller:
         """
         if self.options.nuclear_mode != "gradient":
             return
-        weight: float | None = None
+        gradients, polars = [], []
         for target, polar in self._polars():
-            if weight is None:  # once, for a GPU's scale has to be waited for
-                weight = self.options.nuclear * float(scale)
             gradient = target.weight.grad
             if gradient is not None:
-                gradient.add_((weight * polar).to(gradient.dtype))
+                gradients.append(local_part(gradient))
+                polars.append(local_part(polar))
+        if gradients:  # in one call, and a GPU's scale is waited for once
+            torch._foreach_add_(gradients, polars, alpha=self.options.nuclear * float(scale))
 
     @torch.no_grad()
     def after_step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -364,12 +365,15 @@ class Controller:
         device = self._targets[0].weight.device
         weights = [target.weight.detach() for target in self._targets]
         # a norm is finite only where everything is, and needs no memory
-        norms = [torch.linalg.vector_norm(local_part(w)).float().to(device) for w in weights]
-        flags = torch.isfinite(torch.stack(norms))
-        if not bool(flags.all()):  # a norm overflows before its weight does
+        norms = torch._foreach_norm([local_part(weight) for weight in weights])
+        flags = torch.isfinite(torch.stack([norm.float().to(device) for norm in norms]))
+        finite = flags.tolist()
+        if not all(finite):  # a norm overflows before its weight does
             exact = [torch.isfinite(local_part(weight)).all() for weight in weights]
             flags = torch.stack([flag.to(device) for flag in exact])
-        finite = self.team.all_true(flags).tolist()
+            finite = flags.tolist()
+        if self.team.size > 1:
+            finite = self.team.all_true(flags).tolist()
         if not all(finite):
             index = finite.index(False)
             name = self._targets[index].name
