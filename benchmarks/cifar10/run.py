@@ -190,6 +190,7 @@ def main() -> None:
             rows.append(row)
     data = load(args.data, workers=max(2, args.threads)).to(args.device)
     if args.device.type == "cuda":
+        torch.linalg.eigvalsh(torch.eye(2, device=args.device))  # torch loads it in one thread only
         torch.cuda.synchronize()
     with ThreadPoolExecutor(args.jobs) as pool:
         made = list(pool.map(lambda row: _attempt(row, data), rows))
