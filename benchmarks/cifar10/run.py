@@ -108,7 +108,8 @@ def main() -> None:
                     bf16=not args.fp32,
                 )
                 torch.manual_seed(seed)
-                case = Case(build(args.model, args.weights, seed), data, training, target)
+                trained = build(args.model, args.weights, seed)
+                case = Case(trained, data, training, target, args.model, args.data)
                 started = time.perf_counter()
                 result = METHODS[method](case)
                 minutes = (time.perf_counter() - started) / 60

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from case import Method
 
-from methods import dense, fine_tuned, nuclear_only, one_shot, ours, trp_authors, trp_paper
+from methods import (
+    dense,
+    fine_tuned,
+    nuclear_only,
+    one_shot,
+    ours,
+    peers,
+    trp_authors,
+    trp_paper,
+)
 
 METHODS: dict[str, Method] = {
     **dense.METHODS,
@@ -14,6 +23,7 @@ METHODS: dict[str, Method] = {
     **trp_paper.METHODS,
     **trp_authors.METHODS,
     **ours.METHODS,
+    **peers.METHODS,
 }
 
 #: Without training: their rows have 0 epochs.
