@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import json
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
@@ -83,6 +86,40 @@ def test_cifar10_methods(tmp_path: Path) -> None:
         assert row["projected_accuracy"] in (None, row["accuracy"])
         if row["target"] is not None:
             assert row["flops_reduction"] >= row["target"]
+
+
+def test_cifar10_compressed_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer's network comes back from its file: one layer made two, and channels removed."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "cifar10"))
+    compressed, networks = map(importlib.import_module, ("compressed", "networks"))
+    dense = networks.build("resnet20", None, 0)
+    compact = copy.deepcopy(dense)
+    compact.layer2[0].conv1 = nn.Sequential(
+        nn.Conv2d(16, 5, (3, 1), stride=(2, 1), padding=(1, 0), bias=False),
+        nn.Conv2d(5, 32, (1, 3), stride=(1, 2), padding=(0, 1)),
+    )
+    block = compact.layer3[1]
+    block.conv1 = nn.Conv2d(64, 7, 3, padding=1, bias=False)
+    block.bn1 = nn.BatchNorm2d(7)
+    block.conv2 = nn.Conv2d(7, 64, 3, padding=1, bias=False)
+    path = compressed.location(tmp_path, "peer", "resnet20", 2.5, compressed.fingerprint(dense))
+    compressed.save(path, compact, "resnet20", dense, {"target": 2.5})
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    loaded, about = compressed.load(path)
+    assert about == {
+        "network": "resnet20",
+        "dense": compressed.fingerprint(copy.deepcopy(dense).to(memory_format=torch.channels_last)),
+        "target": 2.5,
+    }
+    assert about["dense"] != compressed.fingerprint(networks.build("resnet20", None, 1))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded.eval()(x), compact.eval()(x))
+    # what the file names is a layer or nothing
+    block.bn1 = nn.ReLU()
+    with pytest.raises(KeyError):
+        compressed.save(path, compact, "resnet20", dense, {})
+    with pytest.raises(ValueError, match="ReLU"):
+        compressed._layer({"kind": "ReLU"})
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

@@ -25,12 +25,16 @@ class Case:
         data: the data set.
         training: what all methods get alike.
         target: FLOPs of the dense network / FLOPs asked for.
+        network: name of the dense network in `NETWORKS`.
+        source: where the data set was read from, for peers to read it themselves.
     """
 
     trained: nn.Module
     data: Cifar
     training: Training
     target: float
+    network: str
+    source: str
 
     @property
     def example(self) -> Tensor:

@@ -4,7 +4,7 @@
 
 decodes a folder of images once for all; the runner takes the file in the folder's place.
 
-Imports nothing of rankprune: peers train on the same batches in environments of their own.
+Imports nothing of rankprune: peers read images and accuracies in environments of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision import datasets
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -108,6 +108,16 @@ def load(source: str, *, workers: int = 2) -> Cifar:
         Part(train.pixels[held], train.labels[held]),
         test,
     )
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, part: Part) -> float:
+    """Accuracy in percent, in fp32."""
+    was = model.training
+    model.eval()
+    hits = sum((model(x).argmax(1) == y).sum() for x, y in part.batches())
+    model.train(was)
+    return 100 * int(hits) / len(part)
 
 
 def pack(folder: Path, file: Path, *, workers: int = 2) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from images import Cifar, Part
+from images import Cifar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -196,16 +196,6 @@ def _dense(layer: LowRank, inputs: Tensor) -> Tensor:
     return F.conv2d(
         inputs, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
     )
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, part: Part) -> float:
-    """Accuracy in percent, in fp32."""
-    was = model.training
-    model.eval()
-    hits = sum((model(x).argmax(1) == y).sum() for x, y in part.batches())
-    model.train(was)
-    return 100 * int(hits) / len(part)
 
 
 def calibration(data: Cifar, count: int = 2048, batch: int = 256) -> list[Tensor]:

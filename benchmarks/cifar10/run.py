@@ -34,8 +34,8 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from _harness import conditions  # noqa: E402
 from case import Case, Result  # noqa: E402
-from images import Cifar, Part, load  # noqa: E402
-from loop import Training, accuracy  # noqa: E402
+from images import Cifar, Part, accuracy, load  # noqa: E402
+from loop import Training  # noqa: E402
 from methods import METHODS, UNTARGETED, UNTRAINED  # noqa: E402
 from networks import NETWORKS, build  # noqa: E402
 
@@ -108,7 +108,7 @@ class Row:
         )
         with _own_stream(args.device):
             model = build(args.model, args.weights, seed).to(args.device)
-            case = Case(model, data, training, self.target)
+            case = Case(model, data, training, self.target, args.model, args.data)
             started = time.perf_counter()
             result = METHODS[self.key["method"]](case)
             minutes = (time.perf_counter() - started) / 60

@@ -11,6 +11,7 @@ from methods import (
     nuclear_only,
     one_shot,
     ours,
+    peers,
     trp_authors,
     trp_paper,
 )
@@ -24,6 +25,7 @@ METHODS: dict[str, Method] = {
     **trp_authors.METHODS,
     **ours.METHODS,
     **ablations.METHODS,
+    **peers.METHODS,
 }
 
 #: Without training: their rows have 0 epochs.
