@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import math
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -139,10 +138,6 @@ def _pass(model: nn.Module, loss: Loss, training: Training, images: Tensor, labe
     return _captured(compute, model, images, labels) if images.is_cuda else compute
 
 
-# one capture at a time, whatever other threads do meanwhile
-_CAPTURING = threading.Lock()
-
-
 def _captured(compute: Pass, model: nn.Module, images: Tensor, labels: Tensor) -> Pass:
     """The same as a CUDA graph: of small layers, launching is what takes the time."""
     images, labels = images.clone(memory_format=torch.preserve_format), labels.clone()
@@ -154,10 +149,7 @@ def _captured(compute: Pass, model: nn.Module, images: Tensor, labels: Tensor) -
             for _ in range(3):  # libraries choose their algorithms and workspaces
                 compute(images, labels)
         stream.synchronize()
-        with (
-            _CAPTURING,
-            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-        ):
+        with torch.cuda.graph(graph, stream=stream):
             value = compute(images, labels)
     torch.cuda.current_stream().wait_stream(stream)
     with torch.no_grad():  # BatchNorm's statistics have seen the batch too often

@@ -17,13 +17,12 @@ import json
 import os
 import shlex
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +57,17 @@ def measured(case: Case, result: Result, part: Part) -> dict[str, Any]:
     }
 
 
-_KEEPING = threading.Lock()
-
-
 def keep(row: dict[str, Any], file: Path) -> None:
     """Put a row into a file of results, and the dense network's accuracy beside all of its kind."""
-    with _KEEPING:
-        rows = [r for r in read(file) if any(r[k] != row[k] for k in KEY)] + [row]
-        rows.sort(key=lambda r: [str(r[k]) for k in KEY])
-        alike = ("model", "start", "epochs", "seed")
-        dense = {tuple(r[k] for k in alike): r["accuracy"] for r in rows if r["method"] == "dense"}
-        for r in rows:
-            r["dense_accuracy"] = dense.get(tuple(r[k] for k in alike))
-        scratch = file.with_suffix(".tmp")
-        scratch.write_text(json.dumps(rows, indent=1) + "\n")
-        os.replace(scratch, file)
+    rows = [r for r in read(file) if any(r[k] != row[k] for k in KEY)] + [row]
+    rows.sort(key=lambda r: [str(r[k]) for k in KEY])
+    alike = ("model", "start", "epochs", "seed")
+    dense = {tuple(r[k] for k in alike): r["accuracy"] for r in rows if r["method"] == "dense"}
+    for r in rows:
+        r["dense_accuracy"] = dense.get(tuple(r[k] for k in alike))
+    scratch = file.with_suffix(".tmp")
+    scratch.write_text(json.dumps(rows, indent=1) + "\n")
+    os.replace(scratch, file)
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -100,32 +95,70 @@ class Row:
         known = () if self.args.again else read(self.args.results)
         return any(all(row[k] == self.key[k] for k in KEY) for row in known)
 
-    def make(self, data: Cifar) -> None:
-        """Train, measure, print, keep."""
+    def make(self, data: Cifar) -> dict[str, Any]:
+        """Train and measure."""
         args, seed = self.args, self.key["seed"]
         training = Training(
             epochs=args.epochs, lr=args.lr, batch=args.batch, seed=seed, bf16=not args.fp32
         )
-        with _own_stream(args.device):
-            model = build(args.model, args.weights, seed).to(args.device)
-            case = Case(model, data, training, self.target, args.model, args.data)
-            started = time.perf_counter()
-            result = METHODS[self.key["method"]](case)
-            minutes = (time.perf_counter() - started) / 60
-            part = data.validation if args.validate else data.test
-            row = {**self.key, **measured(case, result, part), "minutes": round(minutes, 2)}
-        print(json.dumps(row), flush=True)
+        model = build(args.model, args.weights, seed).to(args.device)
+        case = Case(model, data, training, self.target, args.model, args.data)
+        started = time.perf_counter()
+        result = METHODS[self.key["method"]](case)
+        minutes = (time.perf_counter() - started) / 60
+        part = data.validation if args.validate else data.test
         if args.out:
             state = {k: v.cpu().contiguous() for k, v in result.compact.state_dict().items()}
             save_file(state, args.out)
-        precision = "fp32" if args.fp32 else "bf16"
-        settings = {"lr": args.lr, "batch": args.batch, "precision": precision, "jobs": args.jobs}
-        keep({**row, **settings, **conditions()}, args.results)
+        return {
+            **self.key,
+            **measured(case, result, part),
+            "minutes": round(minutes, 2),
+            "lr": args.lr,
+            "batch": args.batch,
+            "precision": "fp32" if args.fp32 else "bf16",
+            "jobs": args.jobs,
+            **conditions(),
+        }
 
 
-def _own_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """What runs beside other rows on a GPU must not wait for them."""
-    return torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext()
+def prepared(args: argparse.Namespace) -> Cifar:
+    """The data on its device, and torch set up for what follows."""
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # accuracies are read in fp32
+    return load(args.data, workers=max(2, args.threads)).to(args.device)
+
+
+_worker: dict[str, Cifar] = {}
+
+
+def _prepare_worker(args: argparse.Namespace) -> None:
+    _worker["data"] = prepared(args)
+
+
+def _make_in_worker(row: Row) -> dict[str, Any]:
+    return row.make(_worker["data"])
+
+
+def made(rows: list[Row], args: argparse.Namespace) -> Iterator[tuple[Row, Future[dict[str, Any]]]]:
+    """Rows as they are done: one after the other here, or several at a time in processes."""
+    if args.jobs == 1:
+        data = prepared(args)
+        for row in rows:
+            future: Future[dict[str, Any]] = Future()
+            try:
+                future.set_result(row.make(data))
+            except Exception as error:  # the other rows go on
+                future.set_exception(error)
+            yield row, future
+        return
+    with ProcessPoolExecutor(
+        args.jobs, mp_context=get_context("spawn"), initializer=_prepare_worker, initargs=(args,)
+    ) as pool:
+        pending = {pool.submit(_make_in_worker, row): row for row in rows}
+        for future in as_completed(pending):
+            yield pending[future], future
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -146,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="keep a row's weights, as .safetensors")
     parser.add_argument("--grid", type=Path, help="options for rows, a line each; # and $NAME work")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--jobs", type=int, default=1, help="rows at a time, for a GPU")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time, each in a process")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser
 
@@ -179,33 +212,23 @@ def main() -> None:
     args = parser.parse_args()
     if not args.data:
         parser.error("--data is needed")
-    torch.set_num_threads(args.threads)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # accuracies are read in fp32
     rows: list[Row] = []
     for row in _asked(parser, args):
         if row.there:
             print(f"{row.key}: there already", file=sys.stderr)
         elif row not in rows:
             rows.append(row)
-    data = load(args.data, workers=max(2, args.threads)).to(args.device)
-    if args.device.type == "cuda":
-        torch.linalg.eigvalsh(torch.eye(2, device=args.device))  # torch loads it in one thread only
-        torch.cuda.synchronize()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        made = list(pool.map(lambda row: _attempt(row, data), rows))
-    sys.exit(not all(made))
-
-
-def _attempt(row: Row, data: Cifar) -> bool:
-    """Make a row; the others go on if it fails."""
-    try:
-        row.make(data)
-    except Exception:
-        traceback.print_exc()
-        print(f"{row.key}: failed", file=sys.stderr, flush=True)
-        return False
-    return True
+    failed = 0
+    for row, future in made(rows, args):
+        error = future.exception()
+        if error is None:
+            print(json.dumps(future.result()), flush=True)
+            keep(future.result(), row.args.results)
+        else:
+            failed += 1
+            traceback.print_exception(error)
+            print(f"{row.key}: failed", file=sys.stderr, flush=True)
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

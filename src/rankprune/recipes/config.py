@@ -93,7 +93,7 @@ class TrainConfig(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     batch: int = Field(default=1, ge=1)
     rank: str | None = None
-    every: int = Field(default=1, ge=1)
+    every: int = Field(default=10, ge=1)
     start: float = Field(default=0.0, ge=0, lt=1)
     descent: float = Field(default=0.3, ge=0, le=1)
     tail: float = Field(default=0.5, ge=0, lt=1)

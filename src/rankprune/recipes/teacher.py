@@ -96,8 +96,9 @@ def blocks(model: nn.Module) -> list[str]:
 
 
 def _relative_error(ours: Tensor, theirs: Tensor) -> Tensor:
-    energy = theirs.float().square().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    return (ours - theirs).float().square().mean() / energy
+    norm = partial(torch.linalg.vector_norm, dtype=torch.float32)
+    energy = norm(theirs).square().clamp_min(torch.finfo(torch.float32).tiny)
+    return norm(ours - theirs).square() / energy
 
 
 @contextlib.contextmanager
