@@ -7,6 +7,7 @@ import importlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+
+import rankprune as rp
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
@@ -72,6 +75,7 @@ def test_cifar10_methods(tmp_path: Path) -> None:
     methods = ["ours", "svd-matched-spatial", "nuclear-only-spatial", "trp-authors-channel"]
     script = str(BENCHMARKS / "cifar10" / "run.py")
     options = ["--data", str(tmp_path), "--epochs", "2", "--batch", "8", "--validate"]
+    options += ["--results", str(tmp_path / "rows.json")]
     done = subprocess.run(
         [sys.executable, script, *options, "--threads", "1", "--method", *methods],
         capture_output=True,
@@ -82,6 +86,8 @@ def test_cifar10_methods(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["method"] for row in rows] == methods
+    kept = json.loads((tmp_path / "rows.json").read_text())
+    assert sorted(row["method"] for row in kept) == sorted(methods)
     for row in rows:
         assert row["projected_accuracy"] in (None, row["accuracy"])
         if row["target"] is not None:
@@ -131,3 +137,32 @@ def test_results_say_how_they_were_measured(path: Path) -> None:
         assert result["quick"] is False
         for condition in ("date", "commit", "python", "torch", "cpu", "cores", "threads"):
             assert result[condition], condition
+
+
+def test_cifar10_composed_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU computes in the factors' place gives their outputs and their gradients."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "cifar10"))
+    composed_convolutions = importlib.import_module("loop")._composed
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False)
+    ).double()
+    plan = rp.make_plan(model, rp.FixedRank(2), scheme="spatial", guard=False)
+    compact = rp.factorize(model, plan)
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+
+    def passed() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        output = compact(images)
+        gradients = torch.autograd.grad(output.square().sum(), list(compact.parameters()))
+        return output.detach(), list(gradients)
+
+    output, gradients = passed()
+    calls = Counter[str]()
+    for name, module in compact.named_modules():
+        module.register_forward_hook(lambda *_, n=name: calls.update([n]))
+    with composed_convolutions(compact):
+        composed, others = passed()
+    assert calls["0.0"] == 0  # the factors themselves were not called
+    torch.testing.assert_close(composed, output)
+    torch.testing.assert_close(others, gradients)
+    torch.testing.assert_close(compact(images), output)
+    assert calls["0.0"] == 1
