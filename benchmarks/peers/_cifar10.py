@@ -93,17 +93,23 @@ class Task:
         print(json.dumps(report), flush=True)
 
 
-def task(peer: str, package: str, description: str | None) -> Task:
-    """From the command line."""
+def options(description: str | None) -> argparse.ArgumentParser:
+    """What every peer is asked."""
     parser = argparse.ArgumentParser(description=(description or "").split("\n\n")[0])
     parser.add_argument("--weights", type=Path, required=True, metavar="DENSE.safetensors")
     parser.add_argument("--model", choices=list(NETWORKS), required=True)
     parser.add_argument("--target", type=float, nargs="+", required=True)
     parser.add_argument("--data", required=True, help="as for benchmarks/cifar10/run.py")
-    parser.add_argument("--images", type=int, default=2000, help="to judge by (default: 2000)")
+    parser.add_argument(
+        "--images", type=int, default=5000, help="of those kept back, to judge by (default: all)"
+    )
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the compressed networks")
     parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    return parser
+
+
+def task(peer: str, package: str, args: argparse.Namespace) -> Task:
+    """From the command line."""
     torch.set_num_threads(args.threads)
     return Task(
         peer,

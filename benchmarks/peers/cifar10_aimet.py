@@ -20,8 +20,10 @@ import time
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
-from _cifar10 import SHAPE, Task, accuracy, fingerprint, flops, task
+import torch
+from _cifar10 import SHAPE, Task, fingerprint, flops, options, task
 from _common import quiet
 from torch import nn
 
@@ -32,7 +34,7 @@ with quiet():
 
 #: Where AIMET leaves the accuracies, below the working directory.
 SCORES = Path("data") / "greedy_selection_eval_scores_dict.pkl"
-STEPS = 12
+STEPS = 14
 
 
 def compressed(job: Task, ratio: float, score: Callable[..., float]) -> nn.Module:
@@ -69,9 +71,16 @@ def measure(job: Task) -> None:
         SCORES.parent.mkdir()
         shutil.copy(kept, SCORES)
         return
+    # small enough for the outputs to stay in cache, which takes a third off the time
     part = job.chosen()
+    batches = list(part.batches(100))
+
+    @torch.inference_mode()
+    def score(model: nn.Module, *_: Any, **__: Any) -> float:
+        return sum(int((model(x).argmax(1) == y).sum()) for x, y in batches) / len(part)
+
     started = time.perf_counter()
-    compressed(job, 0.5, lambda model, *_, **__: accuracy(model, part))
+    compressed(job, 0.5, score)
     print(f"accuracies: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     job.out.mkdir(parents=True, exist_ok=True)
     scratch = kept.with_suffix(f".{os.getpid()}.tmp")
@@ -85,7 +94,7 @@ def nearest(job: Task, target: float) -> tuple[nn.Module, float]:
     AIMET stops within 0.001 of a ratio, on either side, and its ratios move in steps.
     """
     dense = flops(job.dense())
-    low, high = 0.8 / target, min(1.2 / target, 0.999)
+    low, high = 0.5 / target, min(1.2 / target, 0.999)
     best: tuple[float, nn.Module, float] | None = None
     for _ in range(STEPS):
         ratio = (low + high) / 2
@@ -104,7 +113,7 @@ def nearest(job: Task, target: float) -> tuple[nn.Module, float]:
 
 
 def main() -> None:
-    job = task("aimet-spatial-svd", "aimet-torch", __doc__)
+    job = task("aimet-spatial-svd", "aimet-torch", options(__doc__).parse_args())
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
         measure(job)

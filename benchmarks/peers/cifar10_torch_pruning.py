@@ -15,13 +15,15 @@ import time
 
 import torch
 import torch_pruning as tp
-from _cifar10 import SHAPE, Task, flops, task
+from _cifar10 import SHAPE, Task, flops, options, task
 from _common import quiet
 from networks import ResNet
 from torch import nn
 
 #: As in the library's own CIFAR experiments; more where a step would be several channels.
 STEPS = 400
+#: Where channels compete. In a plain network, competition across layers empties the first ones.
+SCOPES = {"vgg": "uniform"}
 
 
 def kept(model: nn.Module) -> list[nn.Module]:
@@ -32,7 +34,7 @@ def kept(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, nn.Linear)]
 
 
-def pruned(job: Task, target: float) -> tuple[nn.Module, int, int]:
+def pruned(job: Task, target: float, scope: str) -> tuple[nn.Module, int, int]:
     """The first network on the way that reaches the target, the steps taken, and those of a run."""
     model = job.dense()
     dense = flops(model)
@@ -46,31 +48,41 @@ def pruned(job: Task, target: float) -> tuple[nn.Module, int, int]:
             model,
             torch.zeros(SHAPE),
             importance=tp.importance.GroupMagnitudeImportance(p=2),
-            global_pruning=True,
-            isomorphic=True,
+            global_pruning=scope == "isomorphic",
+            isomorphic=scope == "isomorphic",
             pruning_ratio=1.0,
             iterative_steps=steps,
             ignored_layers=ignored,
         )
         for step in range(1, steps + 1):
-            pruner.step()
-            if dense / flops(model) >= target:
-                return model, step, steps
+            # layer by layer: in a step of uniform pruning, layers of one width lose a channel each
+            for group in pruner.step(interactive=True):
+                group.prune()
+                if dense / flops(model) >= target:
+                    return model, step, steps
     raise SystemExit(f"no ratio gives {target} times fewer FLOPs")
 
 
 def main() -> None:
-    job = task("torch-pruning", "torch-pruning", __doc__)
+    parser = options(__doc__)
+    parser.add_argument(
+        "--scope",
+        choices=("isomorphic", "uniform"),
+        help="channels compete among like layers, or within each (default: for vgg within)",
+    )
+    args = parser.parse_args()
+    job = task("torch-pruning", "torch-pruning", args)
+    scope = args.scope or SCOPES.get(job.network, "isomorphic")
     for target in job.targets:
         started = time.perf_counter()
-        compact, step, steps = pruned(job, target)
+        compact, step, steps = pruned(job, target, scope)
         widths = [m.out_channels for m in compact.modules() if isinstance(m, nn.Conv2d)]
         print(f"target {target}: {step} of {steps} steps, widths {widths}", file=sys.stderr)
         settings = {
             "pruner": "BasePruner",
             "importance": "GroupMagnitudeImportance(p=2)",
-            "global_pruning": True,
-            "isomorphic": True,
+            "global_pruning": scope == "isomorphic",
+            "isomorphic": scope == "isomorphic",
             "round_to": None,
             "iterative_steps": steps,
             "pruning_ratio": round(step / steps, 5),
