@@ -41,6 +41,8 @@ _FAINTEST = 1e-3
 
 # ... and where G^(-1/2) is farther off than this, it is taken from the factor itself.
 _FAR = 1e-2
+# The least that the kept eigenvalues must exceed the others by for another round to be tried.
+_GAP = 2.0
 
 _EPS = torch.finfo(torch.float32).eps
 
@@ -82,6 +84,7 @@ class Round:
 
     Attributes:
         certified: whether `nearest` keeps the residual's promise.
+        hopeless: whether no further round will help, for want of a gap at the rank.
         nearest: [batch, rows, cols], in fp32.
         energy: kept share of the energy, pooled over the batch.
         polar: [batch, rows, cols], in fp32; None where it was not wanted.
@@ -89,6 +92,7 @@ class Round:
     """
 
     certified: bool
+    hopeless: bool
     nearest: Tensor
     energy: float
     polar: Tensor | None
@@ -109,6 +113,10 @@ class _Group:
             self.places.append(slice(count, count + len(tasks[i].matrices)))
             count = self.places[-1].stop
         self.where = slice(offset, offset + count)  # in the batch of all groups
+        self.start = torch.cat([tasks[i].start for i in members])
+        if len(members) == 1 and first.matrices.dtype == self.start.dtype:
+            self.matrices = first.orient(first.matrices)
+            return
         filled = any(tasks[i].large < large for i in members)
         make = first.start.new_zeros if filled else first.start.new_empty
         self.matrices = make(count, self.small, large)
@@ -117,7 +125,6 @@ class _Group:
             [self.matrices[place, :, : tasks[i].large] for i, place in places],
             [tasks[i].orient(tasks[i].matrices) for i in members],
         )
-        self.start = torch.cat([tasks[i].start for i in members])
 
 
 class _Batch:
@@ -128,7 +135,8 @@ class _Batch:
         self.size = max(group.rank for group in groups)
         like = groups[0].matrices
         identity = torch.eye(self.size, dtype=like.dtype, device=like.device)
-        self.identity = identity.expand(groups[-1].where.stop, -1, -1)
+        self.count = groups[-1].where.stop
+        self.identity = identity.expand(self.count, -1, -1)
 
     def of(self, batch: Tensor, group: _Group) -> Tensor:
         """One group's, [count, rank, rank]."""
@@ -151,12 +159,23 @@ class _Batch:
             failed = torch.stack([info for _, info in each])
         return lower, failed == 0
 
-    def whitening(self, grams: Tensor) -> tuple[Tensor, Tensor]:
-        """L⁻¹, which makes factors orthonormal, and L's diagonal; NaN where there is no L."""
-        lower, positive = self.cholesky(grams)
-        inverse = torch.linalg.solve_triangular(lower, self.identity, upper=False)
-        diagonal = lower.diagonal(dim1=-2, dim2=-1)
-        return inverse, torch.where(positive[:, None], diagonal, torch.nan)
+    def inverse(self, lower: Tensor) -> Tensor:
+        """L⁻¹."""
+        return torch.linalg.solve_triangular(lower, self.identity, upper=False)
+
+    def exceeds(self, grams: Tensor, bound: Tensor) -> Tensor:
+        """Whether every eigenvalue is above a bound, [count]."""
+        # as far as rounding lets a positive matrix be known, which is relative to its diagonal
+        shift = bound[:, None] + 4 * _EPS * grams.diagonal(dim1=-2, dim2=-1)
+        _, positive = self.cholesky(grams - torch.diag_embed(shift))
+        return positive & torch.isfinite(bound)
+
+    def beyond(self, group: _Group, metric: Tensor, rows: Tensor, vectors: Tensor) -> Tensor:
+        """Vectors less what they share with the rows, whose Gram matrix has `metric` as inverse."""
+        for _ in range(2):  # of a large part the first time leaves its rounding
+            shared = torch.bmm(torch.bmm(vectors, rows.mT), self.of(metric, group))
+            vectors = torch.baddbmm(vectors, shared, rows, alpha=-1)
+        return vectors
 
     def inverse_roots(self, grams: Tensor) -> tuple[Tensor, Tensor]:
         """G^(-1/2), and how far it is from that.
@@ -190,37 +209,37 @@ def project_together(tasks: Sequence[Task]) -> list[Round]:
     for members in _alike(tasks):
         groups.append(_Group(tasks, members, groups[-1].where.stop if groups else 0))
     batch = _Batch(groups)
-    # norms of all matrices, in one place: of M, of what bounds η³, of what gives d, of M - P
-    norm, rest, gained, residual = groups[0].matrices.new_empty(4, groups[-1].where.stop)
-
+    # norms of all matrices: of M; of the others by that: what bounds η³, Z, A, what A gains, M - P
+    norm, rest, before, after, gained, residual = groups[0].start.new_empty(6, batch.count)
     vector_norm = torch.linalg.vector_norm
-    rows: list[Tensor] = []
+
+    rows: list[Tensor] = []  # Xᵀ M
     images: list[Tensor] = []  # of Gaussian vectors S
     for group in groups:
-        matrices, own = group.matrices, norm[group.where]
-        vector_norm(matrices, dim=(-2, -1), out=own)
-        matrices.div_(own[:, None, None])
-        sketch = gaussian(group.small, matrices.device).expand(len(matrices), -1, -1)
-        start = group.start * own[:, None, None]
-        both = torch.bmm(torch.cat([start, sketch], -1).mT, matrices)
+        own = norm[group.where]
+        vector_norm(group.matrices, dim=(-2, -1), out=own)
+        sketch = gaussian(group.small, own.device) / own[:, None, None]
+        both = torch.bmm(torch.cat([group.start, sketch], -1).mT, group.matrices)
         rows.append(both[:, : group.rank])
         images.append(both[:, group.rank :])
-    inverse, diagonal = batch.whitening(batch.grams(rows))
+    lower, sound = batch.cholesky(batch.grams(rows))
+    diagonal = lower.diagonal(dim1=-2, dim2=-1)
     # where the start is nearly right, the rows are nearly orthonormal as they are
-    sound = diagonal.amin(-1) > 0.1 * diagonal.amax(-1)
-    right: list[Tensor] = []  # V
+    spread = diagonal.amax(-1) / diagonal.amin(-1)
+    sound &= spread < 10
+    inverse = batch.inverse(lower)
+    metric = torch.bmm(inverse.mT, inverse)
+    inverse = inverse / norm[:, None, None]
     left: list[Tensor] = []  # Zᵀ, then U
     for index, group in enumerate(groups):
-        basis, image = torch.bmm(batch.of(inverse, group), rows[index]), images[index]
-        for _ in range(2):  # of M's large part the first time leaves its rounding
-            image = torch.baddbmm(image, torch.bmm(image, basis.mT), basis, alpha=-1)
-        both = torch.bmm(torch.cat([basis, image], 1), group.matrices.mT)
-        right.append(basis)
-        left.append(both[:, : group.rank])
+        image = batch.beyond(group, metric, rows[index], images[index])
+        both = torch.bmm(torch.cat([rows[index], image], 1), group.matrices.mT)
+        left.append(torch.bmm(batch.of(inverse, group), both[:, : group.rank]))
+        vector_norm(left[index], dim=(-2, -1), out=before[group.where])
         images[index] = both[:, group.rank :]
     kept = batch.grams(left)
-    inverse, diagonal = batch.whitening(kept)
-    sound &= torch.isfinite(diagonal).all(-1)
+    lower, positive = batch.cholesky(kept)
+    inverse = batch.inverse(lower)
     for index, group in enumerate(groups):
         left[index] = torch.bmm(batch.of(inverse, group), left[index])
     # one Cholesky QR is as wrong as Z's condition squared; a step of Newton–Schulz squares that
@@ -230,33 +249,41 @@ def project_together(tasks: Sequence[Task]) -> list[Round]:
     factors: list[Tensor] = []  # A
     nearest: list[Tensor] = []
     for index, group in enumerate(groups):
+        own = norm[group.where, None, None]
         basis = left[index] = torch.bmm(batch.of(polish, group), left[index])
-        both = torch.bmm(torch.cat([basis, images[index]], 1), group.matrices)
+        both = torch.bmm(torch.cat([basis, images[index] / own], 1) / own, group.matrices)
         factor = both[:, : group.rank]
         vector_norm(both[:, group.rank :], dim=(-2, -1), out=rest[group.where])
-        old = torch.bmm(factor, right[index].mT)
-        new = torch.baddbmm(factor, old, right[index], alpha=-1)
-        vector_norm(new, dim=(-2, -1), out=gained[group.where])
-        near = torch.bmm(basis.mT, factor)
+        vector_norm(factor, dim=(-2, -1), out=after[group.where])
+        coupled = factor
+        if group.rank > PROBES:
+            probes = gaussian(group.rank, own.device) * (SAFETY / PROBES) ** 0.5
+            coupled = torch.bmm(probes.mT.expand(len(factor), -1, -1), factor)
+        coupled = batch.beyond(group, metric, rows[index], coupled)
+        vector_norm(coupled, dim=(-2, -1), out=gained[group.where])
+        near = torch.bmm(basis.mT * own, factor)
         vector_norm(group.matrices - near, dim=(-2, -1), out=residual[group.where])
-        nearest.append(near.mul_(norm[group.where, None, None]))
+        nearest.append(near)
         factors.append(factor)
 
     # the certificate
-    beyond = (SAFETY / PROBES * rest.square()).pow(1 / 3)
-    allowed = (1 - 1 / RESIDUAL_PROMISE**2) * residual.square() - wrong.pow(4)
-    least = beyond * (1 + gained.square() / allowed) + 4 * _EPS
-    _, exceeds = batch.cholesky(kept - least[:, None, None] * batch.identity)
-    exceeds &= (allowed > 0) & torch.isfinite(least)
-    in_range = (norm > 1e-12) & (norm < 1e15)
-    certified = sound & in_range & (wrong < 0.1) & (exceeds | (residual <= ROUNDING))
+    residual = residual / norm
+    bound = (SAFETY / PROBES * rest.square()).pow(1 / 3)
+    optimum = (residual - ROUNDING).clamp_min(0) / RESIDUAL_PROMISE  # at least, or P may be wrong
+    rounding = ROUNDING * spread.square() + wrong.square()
+    allowed = residual.square() - optimum.square() - rounding.square()
+    # what was gained is also known as a difference, but for rounding
+    difference = (after.square() - before.square()).clamp_min(0) + 8 * _EPS
+    gain = torch.minimum(gained.square(), difference)
+    sound &= positive & (wrong < 0.1) & (norm > 1e-12) & (norm < 1e15)
+    exceeds = batch.exceeds(kept, bound * (1 + gain / allowed)) & (allowed > 0)
+    certified = sound & (exceeds | (residual <= ROUNDING))
+    hopeless = sound & ~batch.exceeds(kept, _GAP * bound)
 
     # U turned so that its product with M is orthonormal: the next start, and half of U Vᵀ
-    distance = torch.zeros_like(norm)
+    turn, distance = inverse.mT, torch.zeros_like(norm)
     if any(task.polar for task in tasks):
         turn, distance = batch.inverse_roots(batch.grams(factors))
-    else:
-        turn, _ = batch.whitening(batch.grams(factors))
     starts: list[Tensor] = []
     polars: list[Tensor | None] = []
     for index, group in enumerate(groups):
@@ -265,11 +292,12 @@ def project_together(tasks: Sequence[Task]) -> list[Round]:
         wanted = any(tasks[i].polar for i in group.members)
         polars.append(torch.bmm(turned.mT, factors[index]) if wanted else None)
 
-    looked = torch.stack([certified.float(), 1 - residual.square(), norm, distance]).tolist()
+    state = certified.float() - hopeless.float()
+    looked = torch.stack([state, 1 - residual.square(), norm, distance]).tolist()
     found: dict[int, Round] = {}
     for index, group in enumerate(groups):
         for i, place in zip(group.members, group.places, strict=True):
-            sure, energies, norms, distances = (values[group.where][place] for values in looked)
+            states, energies, norms, distances = (values[group.where][place] for values in looked)
             polar = polars[index]
             if polar is not None and tasks[i].polar:
                 polar = polar[place]
@@ -281,7 +309,8 @@ def project_together(tasks: Sequence[Task]) -> list[Round]:
             total = sum(size * size for size in norms)
             share = sum(e * size * size for e, size in zip(energies, norms, strict=True))
             found[i] = Round(
-                certified=all(sure),
+                certified=all(state > 0 for state in states),
+                hopeless=any(state < 0 for state in states),
                 nearest=tasks[i].orient(nearest[index][place, :, : tasks[i].large]),
                 energy=max(0.0, share / total) if total else 1.0,
                 polar=polar if tasks[i].polar else None,
