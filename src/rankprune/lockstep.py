@@ -29,11 +29,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankprune.linalg import RESIDUAL_PROMISE, ROUNDING
+from rankprune.linalg import RESIDUAL_PROMISE, ROUNDING, norm
 from rankprune.subspace import PROBES, SAFETY, gaussian, newton_schulz
 
-# Filling up may double what is stored, and little is always let pass.
+# Filling up may double what is stored on a GPU, and little is always let pass.
 _FILLED, _LITTLE = 2, 2**20
+_LITTLE_ELSEWHERE = 2**16
 # Larger factors than this are decomposed one by one: batched routines are made for small ones.
 _BATCHED_SIDE = 256
 # The polar factor is exact from this share of the largest singular value on.
@@ -41,6 +42,8 @@ _FAINTEST = 1e-3
 
 # ... and where G^(-1/2) is farther off than this, it is taken from the factor itself.
 _FAR = 1e-2
+# Above this share of the energy the residual's is well known as a difference.
+_LARGE = 1e-2
 # The least that the kept eigenvalues must exceed the others by for another round to be tried.
 _GAP = 2.0
 
@@ -210,14 +213,13 @@ def project_together(tasks: Sequence[Task]) -> list[Round]:
         groups.append(_Group(tasks, members, groups[-1].where.stop if groups else 0))
     batch = _Batch(groups)
     # norms of all matrices: of M; of the others by that: what bounds η³, Z, A, what A gains, M - P
-    norm, rest, before, after, gained, residual = groups[0].start.new_empty(6, batch.count)
-    vector_norm = torch.linalg.vector_norm
+    total, rest, before, after, gained, residual = groups[0].start.new_empty(6, batch.count)
 
     rows: list[Tensor] = []  # Xᵀ M
     images: list[Tensor] = []  # of Gaussian vectors S
     for group in groups:
-        own = norm[group.where]
-        vector_norm(group.matrices, dim=(-2, -1), out=own)
+        own = total[group.where]
+        own.copy_(norm(group.matrices))
         sketch = gaussian(group.small, own.device) / own[:, None, None]
         both = torch.bmm(torch.cat([group.start, sketch], -1).mT, group.matrices)
         rows.append(both[:, : group.rank])
@@ -229,13 +231,13 @@ def project_together(tasks: Sequence[Task]) -> list[Round]:
     sound &= spread < 10
     inverse = batch.inverse(lower)
     metric = torch.bmm(inverse.mT, inverse)
-    inverse = inverse / norm[:, None, None]
+    inverse = inverse / total[:, None, None]
     left: list[Tensor] = []  # Zᵀ, then U
     for index, group in enumerate(groups):
         image = batch.beyond(group, metric, rows[index], images[index])
         both = torch.bmm(torch.cat([rows[index], image], 1), group.matrices.mT)
         left.append(torch.bmm(batch.of(inverse, group), both[:, : group.rank]))
-        vector_norm(left[index], dim=(-2, -1), out=before[group.where])
+        before[group.where] = norm(left[index])
         images[index] = both[:, group.rank :]
     kept = batch.grams(left)
     lower, positive = batch.cholesky(kept)
@@ -249,25 +251,29 @@ def project_together(tasks: Sequence[Task]) -> list[Round]:
     factors: list[Tensor] = []  # A
     nearest: list[Tensor] = []
     for index, group in enumerate(groups):
-        own = norm[group.where, None, None]
+        own = total[group.where, None, None]
         basis = left[index] = torch.bmm(batch.of(polish, group), left[index])
         both = torch.bmm(torch.cat([basis, images[index] / own], 1) / own, group.matrices)
         factor = both[:, : group.rank]
-        vector_norm(both[:, group.rank :], dim=(-2, -1), out=rest[group.where])
-        vector_norm(factor, dim=(-2, -1), out=after[group.where])
+        rest[group.where] = norm(both[:, group.rank :])
+        after[group.where] = norm(factor)
         coupled = factor
         if group.rank > PROBES:
             probes = gaussian(group.rank, own.device) * (SAFETY / PROBES) ** 0.5
             coupled = torch.bmm(probes.mT.expand(len(factor), -1, -1), factor)
         coupled = batch.beyond(group, metric, rows[index], coupled)
-        vector_norm(coupled, dim=(-2, -1), out=gained[group.where])
+        gained[group.where] = norm(coupled)
         near = torch.bmm(basis.mT * own, factor)
-        vector_norm(group.matrices - near, dim=(-2, -1), out=residual[group.where])
+        known = 1 - after[group.where].square()
+        if known.is_cpu and bool((known > _LARGE).all()):
+            residual[group.where] = known.sqrt() * total[group.where]
+        else:
+            residual[group.where] = norm(group.matrices - near)
         nearest.append(near)
         factors.append(factor)
 
     # the certificate
-    residual = residual / norm
+    residual = residual / total
     bound = (SAFETY / PROBES * rest.square()).pow(1 / 3)
     optimum = (residual - ROUNDING).clamp_min(0) / RESIDUAL_PROMISE  # at least, or P may be wrong
     rounding = ROUNDING * spread.square() + wrong.square()
@@ -275,25 +281,25 @@ def project_together(tasks: Sequence[Task]) -> list[Round]:
     # what was gained is also known as a difference, but for rounding
     difference = (after.square() - before.square()).clamp_min(0) + 8 * _EPS
     gain = torch.minimum(gained.square(), difference)
-    sound &= positive & (wrong < 0.1) & (norm > 1e-12) & (norm < 1e15)
+    sound &= positive & (wrong < 0.1) & (total > 1e-12) & (total < 1e15)
     exceeds = batch.exceeds(kept, bound * (1 + gain / allowed)) & (allowed > 0)
     certified = sound & (exceeds | (residual <= ROUNDING))
     hopeless = sound & ~batch.exceeds(kept, _GAP * bound)
 
     # U turned so that its product with M is orthonormal: the next start, and half of U Vᵀ
-    turn, distance = inverse.mT, torch.zeros_like(norm)
+    turn, distance = inverse.mT, torch.zeros_like(total)
     if any(task.polar for task in tasks):
         turn, distance = batch.inverse_roots(batch.grams(factors))
     starts: list[Tensor] = []
     polars: list[Tensor | None] = []
     for index, group in enumerate(groups):
         turned = torch.bmm(batch.of(turn, group), left[index])
-        starts.append((turned / norm[group.where, None, None]).mT.contiguous())
+        starts.append((turned / total[group.where, None, None]).mT.contiguous())
         wanted = any(tasks[i].polar for i in group.members)
         polars.append(torch.bmm(turned.mT, factors[index]) if wanted else None)
 
     state = certified.float() - hopeless.float()
-    looked = torch.stack([state, 1 - residual.square(), norm, distance]).tolist()
+    looked = torch.stack([state, 1 - residual.square(), total, distance]).tolist()
     found: dict[int, Round] = {}
     for index, group in enumerate(groups):
         for i, place in zip(group.members, group.places, strict=True):
@@ -306,13 +312,13 @@ def project_together(tasks: Sequence[Task]) -> list[Round]:
                     steps = newton_schulz(factors[index][place])
                     polar = left[index][place].mT @ steps
                 polar = tasks[i].orient(polar[..., : tasks[i].large])
-            total = sum(size * size for size in norms)
+            energy = sum(size * size for size in norms)
             share = sum(e * size * size for e, size in zip(energies, norms, strict=True))
             found[i] = Round(
                 certified=all(state > 0 for state in states),
                 hopeless=any(state < 0 for state in states),
                 nearest=tasks[i].orient(nearest[index][place, :, : tasks[i].large]),
-                energy=max(0.0, share / total) if total else 1.0,
+                energy=max(0.0, share / energy) if energy else 1.0,
                 polar=polar if tasks[i].polar else None,
                 start=starts[index][place],
             )
@@ -326,13 +332,14 @@ def _alike(tasks: Sequence[Task]) -> list[list[int]]:
         range(len(tasks)), key=lambda i: (tasks[i].small, tasks[i].rank, -tasks[i].large)
     )
     used = stored = 0
+    filled, little = (_FILLED, _LITTLE) if tasks[0].start.is_cuda else (1, _LITTLE_ELSEWHERE)
     for i in order:
         task = tasks[i]
         head = tasks[alike[-1][0]] if alike else task
         used += len(task.matrices) * task.small * task.large
         stored += len(task.matrices) * task.small * head.large
         same = (head.small, head.rank) == (task.small, task.rank)
-        if alike and same and stored <= _FILLED * used + _LITTLE:
+        if alike and same and stored <= filled * used + little:
             alike[-1].append(i)
         else:
             alike.append([i])
