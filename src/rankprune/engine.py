@@ -2,8 +2,8 @@
 
 | engine | takes | cost of an n × m matrix, n ≤ m, to rank r |
 |---|---|---|
-| block iteration in lockstep | at a given rank with a start from the last time | 10 n m r a round |
-| block iteration by itself | the same where the spectrum decides | 6 n m r, 2 n m r a further step |
+| lockstep | a given rank, with a start from the last time | 8 n m r, 4 n m r a further round |
+| block iteration | the same where the spectrum decides | 6 n m r, 2 n m r a further step |
 | Gram, fp32, then fp64 | everything else in fp32 or less | n² m + eigh(n) + 4 n m r |
 | SVD | fp64, and what the others cannot promise | svd(n, m) |
 
@@ -37,8 +37,6 @@ STEPS = 8
 # on a GPU, nor in lockstep with some others.
 SMALLEST_SIDE = 96
 ENOUGH = 6
-# Rounds in lockstep, of three products each, before another engine takes over.
-ROUNDS = 3
 # What goes in lockstep at a time: bytes of matrices (on a GPU; elsewhere the above), and of what is
 # rank × rank, filled up.
 WAVE_BYTES = 512 * 2**20
@@ -206,38 +204,19 @@ def _followed(job: Job) -> int:
     return 0 if job.start is None else job.start.shape[-1]
 
 
-def _in_lockstep(
-    jobs: Sequence[Job], wave: Sequence[int]
-) -> tuple[dict[int, Projected], set[int]]:
+def _in_lockstep(jobs: Sequence[Job], wave: Sequence[int]) -> tuple[dict[int, Projected], set[int]]:
     """Results of the jobs for which lockstep can promise them, and those that have no gap."""
-    done: dict[int, Projected] = {}
-    hopeless: set[int] = set()
-    tasks: dict[int, Task] = {}
+    tasks: list[Task] = []
     for index in wave:
         start = jobs[index].start
         assert start is not None
-        tasks[index] = Task(jobs[index].load(), start, jobs[index].polar)
-    for _ in range(ROUNDS):
-        if not tasks:
-            break
-        rounds = dict(zip(tasks, project_together(list(tasks.values())), strict=True))
-        sure = [index for index in tasks if rounds[index].certified]
-        if sure:
-            torch._foreach_copy_(
-                [tasks[index].matrices for index in sure], [rounds[index].nearest for index in sure]
-            )
-        for index in sure:
-            found, task = rounds[index], tasks.pop(index)
-            polar = None if found.polar is None else found.polar.to(task.matrices.dtype)
-            rank = task.start.shape[-1]
-            done[index] = Projected(task.matrices, rank, found.energy, polar, found.start)
-        hopeless.update(index for index in tasks if rounds[index].hopeless)
-        tasks = {
-            index: replace(task, start=rounds[index].start)
-            for index, task in tasks.items()
-            if index not in hopeless
-        }
-    return done, hopeless
+        tasks.append(Task(jobs[index].load(), start, jobs[index].polar))
+    outcomes, hopeless = project_together(tasks)
+    done = {
+        wave[i]: Projected(tasks[i].matrices, tasks[i].rank, found.energy, found.polar, found.start)
+        for i, found in outcomes.items()
+    }
+    return done, {wave[i] for i in hopeless}
 
 
 def _chunks(jobs: Mapping[int, Job], members: Sequence[int]) -> Iterator[list[int]]:
