@@ -221,7 +221,7 @@ def test_the_engine_falls_back(monkeypatch: pytest.MonkeyPatch, wave: int) -> No
 
 def test_a_worse_start_takes_more_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = matrix_of(100, 120, 1, "gap", 6, 0.1).float()
-    start = Decomposition(_moved(matrix, 1.0)).start(6)
+    start = Decomposition(_moved(matrix, 1.5)).start(6)
     rounds: list[int] = []
     inner = lockstep._round
 

@@ -38,6 +38,8 @@ ROUNDS = 4
 # Filling up may double what is stored on a GPU, and little is always let pass.
 _FILLED, _LITTLE = 2, 2**20
 _LITTLE_ON_CPU = 2**16
+# On a CPU matrices of so many entries gain less by a stack than copying them costs.
+_STACKED = 2**18
 # Larger factors than this are decomposed one by one: batched routines are made for small ones.
 _BATCHED_SIDE = 256
 # The polar factor is found from the factor's Gram matrix where no direction is fainter than this.
@@ -45,7 +47,7 @@ _FAINTEST = 1e-3
 # The least that the kept eigenvalues must exceed the others by for another round to be tried.
 _GAP = 2.0
 # Above this share of the energy the residual's is well known as a difference.
-_LARGE = 1e-4
+_LARGE = 2e-5
 
 # What a round says of each matrix.
 _UNSOUND, _HOPELESS, _SURE = 0.0, 1.0, 3.0
@@ -417,7 +419,8 @@ def _alike(tasks: Sequence[Task]) -> list[list[int]]:
         used += len(task.matrices) * task.small * task.large
         stored += len(task.matrices) * task.small * head.large
         same = (head.small, head.rank) == (task.small, task.rank)
-        if alike and same and stored <= filled * used + little:
+        large = task.small * task.large >= _STACKED and not task.start.is_cuda
+        if alike and same and not large and stored <= filled * used + little:
             alike[-1].append(i)
         else:
             alike.append([i])
