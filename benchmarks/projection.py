@@ -170,6 +170,8 @@ def main() -> None:
         "learning_rate": options.learning_rate,
         "device": options.device,
     }
+    # a GPU's libraries start with their first call
+    torch.linalg.svd(torch.randn(8, 8, device=options.device))
     found: dict[str, Any] = {}
     for name in options.networks or (QUICK if options.quick else NETWORKS):
         say(options, name)

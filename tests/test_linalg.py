@@ -20,6 +20,7 @@ from rankprune.linalg import (
     full_precision,
     gram_lower,
     singular_values,
+    square_sum,
 )
 
 EPS = {
@@ -475,3 +476,15 @@ def test_the_newer_setting_of_precision_is_heeded() -> None:
         assert backend.fp32_precision == "tf32"
     finally:
         backend.fp32_precision = before
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(1, 512, 4608), (2, 1000, 2048)])
+def test_norms_of_large_matrices_have_all_digits(
+    shape: tuple[int, int, int], transposed: bool
+) -> None:
+    """Where torch's own norm, on a CPU, is wrong in the fifth."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = matrix.double().square().sum((-2, -1))
+    found = square_sum(matrix.mT if transposed else matrix)
+    assert torch.allclose(found, expected, rtol=5e-7, atol=0)

@@ -2,8 +2,8 @@
 
 | engine | takes | cost of an n × m matrix, n ≤ m, to rank r |
 |---|---|---|
-| block iteration | where a start is at hand from the last time | 6 n m r, 2 n m r a further step |
-| ... of all layers in lockstep | the same on a GPU, at a given rank | 10 n m r a round |
+| lockstep | a given rank, with a start from the last time | 8 n m r, 4 n m r a further round |
+| block iteration | the same where the spectrum decides | 6 n m r, 2 n m r a further step |
 | Gram, fp32, then fp64 | everything else in fp32 or less | n² m + eigh(n) + 4 n m r |
 | SVD | fp64, and what the others cannot promise | svd(n, m) |
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,12 +33,12 @@ from rankprune.subspace import Subspace, newton_schulz
 CHUNK_BYTES = 8 * 2**20
 # Steps of the block iteration, of one product each, before another engine takes over.
 STEPS = 8
-# Below this side the Gram matrix is decomposed in less time than the iteration's calls take, but
-# not on a GPU.
+# Below this side the Gram matrix is decomposed in less time than the iteration's calls take, if not
+# on a GPU, nor in lockstep with some others.
 SMALLEST_SIDE = 96
-# Rounds in lockstep, of three products each, before another engine takes over.
-ROUNDS = 3
-# What goes in lockstep at a time: bytes of matrices, and of what is rank × rank, filled up.
+ENOUGH = 6
+# What goes in lockstep at a time: bytes of matrices (on a GPU; elsewhere the above), and of what is
+# rank × rank, filled up.
 WAVE_BYTES = 512 * 2**20
 WAVE_FILLED = 32 * 2**20
 
@@ -80,10 +80,16 @@ class Job:
 
     @property
     def together(self) -> bool:
-        """Whether it is done in lockstep with others."""
-        if self.start is None or not self.warm or not in_lockstep(self.device):
+        """Whether it can be done in lockstep with others."""
+        if self.start is None or not self.warm:
             return False
         return self.rank == self.start.shape[-1] < self.shape.max_rank
+
+    @property
+    def little(self) -> bool:
+        """Whether calls cost more than arithmetic, and a decomposition takes few."""
+        small = min(self.shape.rows, self.shape.cols)
+        return small < SMALLEST_SIDE and self.device.type != "cuda"
 
     @property
     def rough(self) -> bool:
@@ -120,11 +126,6 @@ class Projected:
     start: Tensor | None
 
 
-def in_lockstep(device: torch.device) -> bool:
-    """Whether calls cost more than arithmetic there."""
-    return device.type == "cuda"
-
-
 def project(jobs: Sequence[Job]) -> Iterator[tuple[int, Projected]]:
     """Carry jobs out, in an order that suits them.
 
@@ -137,16 +138,21 @@ def project(jobs: Sequence[Job]) -> Iterator[tuple[int, Projected]]:
     Raises:
         NumericsError: a decomposition did not converge.
     """
-    left = list(range(len(jobs)))
+    left = dict(enumerate(jobs))
     for wave in _waves(jobs):
         with full_precision():
-            done = _in_lockstep(jobs, wave)
-        left = [index for index in left if index not in done]
+            done, hopeless = _in_lockstep(jobs, wave)
+        for index in wave:
+            if index in done:
+                del left[index]
+            elif index in hopeless:
+                left[index] = replace(jobs[index], start=None)
         yield from done.items()
         del done
     groups: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
-    for index in left:
-        job = jobs[index]
+    for index, job in left.items():
+        if job.little and isinstance(job.rank, int):
+            job = left[index] = replace(job, start=None)
         key: tuple[object, ...] = (
             job.shape.rows,
             job.shape.cols,
@@ -160,21 +166,24 @@ def project(jobs: Sequence[Job]) -> Iterator[tuple[int, Projected]]:
             key += (job.start.shape[-1],)
         groups[key].append(index)
     for members in groups.values():
-        for chunk in _chunks(jobs, members):
-            with naming(*(jobs[index].layer for index in chunk if jobs[index].layer)):
+        for chunk in _chunks(left, members):
+            with naming(*(left[index].layer for index in chunk if jobs[index].layer)):
                 with full_precision():
-                    results = list(_project_chunk(jobs, chunk))
+                    results = list(_project_chunk(left, chunk))
                 yield from results
                 del results
 
 
 def _waves(jobs: Sequence[Job]) -> Iterator[list[int]]:
     """Jobs that are done in lockstep, those of similar ranks together."""
+    together = [index for index, job in enumerate(jobs) if job.together]
+    if sum(jobs[index].little for index in together) < ENOUGH:
+        together = [index for index in together if not jobs[index].little]
     devices: defaultdict[torch.device, list[int]] = defaultdict(list)
-    for index, job in enumerate(jobs):
-        if job.together:
-            devices[job.device].append(index)
-    for members in devices.values():
+    for index in together:
+        devices[jobs[index].device].append(index)
+    for device, members in devices.items():
+        most = WAVE_BYTES if device.type == "cuda" else CHUNK_BYTES
         wave: list[int] = []
         held = count = used = largest = 0
         for index in sorted(members, key=lambda i: -_followed(jobs[i])):
@@ -182,7 +191,7 @@ def _waves(jobs: Sequence[Job]) -> Iterator[list[int]]:
             size = 4 * shape.batch * shape.rows * shape.cols
             square = 4 * shape.batch * rank * rank
             filled = 4 * (count + shape.batch) * largest * largest
-            if wave and (held + size > WAVE_BYTES or filled > WAVE_FILLED + 4 * (used + square)):
+            if wave and (held + size > most or filled > WAVE_FILLED + 4 * (used + square)):
                 yield wave
                 wave, held, count, used = [], 0, 0, 0
             largest = largest if wave else rank
@@ -195,34 +204,22 @@ def _followed(job: Job) -> int:
     return 0 if job.start is None else job.start.shape[-1]
 
 
-def _in_lockstep(jobs: Sequence[Job], wave: Sequence[int]) -> dict[int, Projected]:
-    """Results of the jobs for which lockstep can promise them."""
-    done: dict[int, Projected] = {}
-    tasks: dict[int, Task] = {}
+def _in_lockstep(jobs: Sequence[Job], wave: Sequence[int]) -> tuple[dict[int, Projected], set[int]]:
+    """Results of the jobs for which lockstep can promise them, and those that have no gap."""
+    tasks: list[Task] = []
     for index in wave:
         start = jobs[index].start
         assert start is not None
-        tasks[index] = Task(jobs[index].load(), start, jobs[index].polar)
-    for _ in range(ROUNDS):
-        rounds = dict(zip(tasks, project_together(list(tasks.values())), strict=True))
-        sure = [index for index in tasks if rounds[index].certified]
-        if sure:
-            torch._foreach_copy_(
-                [tasks[index].matrices for index in sure], [rounds[index].nearest for index in sure]
-            )
-        for index in sure:
-            found, task = rounds[index], tasks.pop(index)
-            polar = None if found.polar is None else found.polar.to(task.matrices.dtype)
-            rank = task.start.shape[-1]
-            done[index] = Projected(task.matrices, rank, found.energy, polar, found.start)
-        if not tasks:
-            break
-        for index, task in tasks.items():
-            tasks[index] = replace(task, start=rounds[index].start)
-    return done
+        tasks.append(Task(jobs[index].load(), start, jobs[index].polar))
+    outcomes, hopeless = project_together(tasks)
+    done = {
+        wave[i]: Projected(tasks[i].matrices, tasks[i].rank, found.energy, found.polar, found.start)
+        for i, found in outcomes.items()
+    }
+    return done, {wave[i] for i in hopeless}
 
 
-def _chunks(jobs: Sequence[Job], members: Sequence[int]) -> Iterator[list[int]]:
+def _chunks(jobs: Mapping[int, Job], members: Sequence[int]) -> Iterator[list[int]]:
     chunk: list[int] = []
     held = 0
     for index in members:
@@ -236,7 +233,7 @@ def _chunks(jobs: Sequence[Job], members: Sequence[int]) -> Iterator[list[int]]:
     yield chunk
 
 
-def _project_chunk(jobs: Sequence[Job], chunk: list[int]) -> Iterator[tuple[int, Projected]]:
+def _project_chunk(jobs: Mapping[int, Job], chunk: list[int]) -> Iterator[tuple[int, Projected]]:
     unchanged = [index for index in chunk if jobs[index].rank == jobs[index].shape.max_rank]
     for index in unchanged:
         polar = _full_polar(jobs[index]) if jobs[index].polar else None
@@ -270,7 +267,7 @@ def _full_polar(job: Job) -> Tensor:
 
 
 def _by_iteration(
-    jobs: Sequence[Job], parts: Sequence[tuple[int, slice]], subspace: Subspace
+    jobs: Mapping[int, Job], parts: Sequence[tuple[int, slice]], subspace: Subspace
 ) -> dict[int, Projected]:
     """Results of the jobs for which the block iteration can promise them."""
     done: dict[int, Projected] = {}
@@ -312,7 +309,7 @@ def _certified(job: Job, subspace: Subspace) -> Projected | float:
 
 
 def _by_decomposition(
-    jobs: Sequence[Job], parts: Sequence[tuple[int, slice]], matrix: Tensor
+    jobs: Mapping[int, Job], parts: Sequence[tuple[int, slice]], matrix: Tensor
 ) -> Iterator[tuple[int, Projected]]:
     rough = jobs[parts[0][0]].rough  # as all of a group are
     small = min(matrix.shape[-2:]) < SMALLEST_SIDE  # where fp64 takes no longer
@@ -325,7 +322,7 @@ def _by_decomposition(
         if rough and not small and not full and not decomposition.keeps(rank):
             # eigenvectors that fp32 has spoilt are still a good start
             subspace = Subspace(decomposition.matrix, decomposition.start(rank, rough=True))
-            done = _by_iteration([replace(job, rank=rank)], [(0, slice(None))], subspace)
+            done = _by_iteration({0: replace(job, rank=rank)}, [(0, slice(None))], subspace)
             if done:
                 yield index, done[0]
                 continue
@@ -348,10 +345,8 @@ def _start_size(job: Job, rank: int) -> int | None:
     small = min(job.shape.rows, job.shape.cols)
     if job.dtype == torch.float64:
         return None
-    if small < SMALLEST_SIDE and not (isinstance(job.rank, int) and in_lockstep(job.device)):
-        return None
     if not isinstance(job.rank, int):
-        if not job.leading:
+        if not job.leading or small < SMALLEST_SIDE:
             return None
         rank += max(4, rank // 8)  # so that a rule can choose more
     return rank if rank <= small // 2 else None

@@ -1,24 +1,25 @@
-"""Block iteration of many matrices at once, for GPUs: few calls, and one look at the device.
+"""Block iteration of many matrices at once: the fewest products, few calls, one look a round.
 
-On a GPU the arithmetic of a layer's projection takes less time than the calls that ask for it, and
-every question whether a result will do waits for all that was asked before. So the matrices of all
-layers take their steps together: those with the same smaller side and rank in one product, larger
-sides filled up with columns of zeros, and what is r × r of all of them in one batch, filled up with
-ones on the diagonal. One round, from a start X as `Subspace` keeps it, with M of unit norm:
+On a GPU, and for small layers everywhere, the arithmetic of a projection takes less time than the
+calls that ask for it, and every question whether a result will do waits for all that was asked
+before. So the matrices of all layers take their steps together: those with the same smaller side
+and rank in one product, larger sides filled up with columns of zeros, and what is r × r of all of
+them in one batch, filled up with ones on the diagonal. From a start X, as `Subspace` keeps it:
 
-    V = orth(Xᵀ M)        Z = M Vᵀ        U = orth(Zᵀ)        A = U M        P = Uᵀ A
+    R = Xᵀ M              rows that are nearly orthonormal; V = orth(R) is never formed
+    Z = M Vᵀ              U = orth(Zᵀ)
+    A = U M               P = Uᵀ A
 
-What P misses of the best rank-r matrix's energy is bounded by what the round's second half has
-gained. With T = ZᵀZ, λ its smallest eigenvalue, D = M − Z V and η = ‖D‖₂² < λ, `subspace` has
-opt − tr T ≤ tr(B (T − ηI)⁻¹ Bᵀ) ≤ λ / (λ − η) · tr(B T⁻¹ Bᵀ) for B = Dᵀ Z. The last trace is
-d = ‖A (I − VᵀV)‖_F², and P keeps tr T + d, so
+A further round begins at R = A. What P misses of the best rank-r matrix's energy is bounded by what
+the round's second half has gained. With T = ZᵀZ, λ its smallest eigenvalue, D = M − Z V and
+η = ‖D‖₂² < λ, `subspace` has opt − tr T ≤ tr(B (T − ηI)⁻¹ Bᵀ) ≤ λ / (λ − η) · tr(B T⁻¹ Bᵀ) for
+B = Dᵀ Z. The last trace is d = ‖A (I − VᵀV)‖_F², and P keeps tr T + d, so
 
     opt − ‖P‖_F² ≤ d η / (λ − η)
 
 and P keeps the promise where λ ≥ η (1 + d / what it may miss). Further rounds need no new η: no
-D is longer than the one before. η is bounded by the Schatten norm ‖D‖_S6² = tr((DᵀD)³)^(1/3),
-which a few Gaussian vectors S estimate as they take part in the round's products. P's own residual
-is measured.
+D is longer than the one before. η is bounded by the Schatten norm ‖D‖_S6² = tr((DᵀD)³)^(1/3), which
+a few Gaussian vectors S estimate as they take part in the first round's products.
 """
 
 from __future__ import annotations
@@ -29,18 +30,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankprune.linalg import RESIDUAL_PROMISE, ROUNDING
+from rankprune.linalg import RESIDUAL_PROMISE, ROUNDING, norm
 from rankprune.subspace import PROBES, SAFETY, gaussian, newton_schulz
 
-# Filling up may double what is stored, and little is always let pass.
+# Rounds, of two products each, before another engine takes over.
+ROUNDS = 4
+# Filling up may double what is stored on a GPU, and little is always let pass.
 _FILLED, _LITTLE = 2, 2**20
+_LITTLE_ON_CPU = 2**16
+# On a CPU matrices of so many entries gain less by a stack than copying them costs.
+_STACKED = 2**18
 # Larger factors than this are decomposed one by one: batched routines are made for small ones.
 _BATCHED_SIDE = 256
-# The polar factor is exact from this share of the largest singular value on.
+# The polar factor is found from the factor's Gram matrix where no direction is fainter than this.
 _FAINTEST = 1e-3
+# The least that the kept eigenvalues must exceed the others by for another round to be tried.
+_GAP = 2.0
+# Above this share of the energy the residual's is well known as a difference.
+_LARGE = 2e-5
 
-# ... and where G^(-1/2) is farther off than this, it is taken from the factor itself.
-_FAR = 1e-2
+# What a round says of each matrix.
+_UNSOUND, _HOPELESS, _SURE = 0.0, 1.0, 3.0
 
 _EPS = torch.finfo(torch.float32).eps
 
@@ -50,8 +60,9 @@ class Task:
     """Matrices to project to the rank of their start.
 
     Attributes:
-        matrices: [batch, rows, cols], fp32 or half precision.
-        start: [batch, min(rows, cols), rank], from `Subspace`, `Decomposition` or an earlier round.
+        matrices: [batch, rows, cols], fp32 or half precision; the result takes their place.
+        start: [batch, min(rows, cols), rank], of an earlier `Outcome`, `Subspace` or
+            `Decomposition`.
         polar: whether U Vᵀ is wanted.
     """
 
@@ -77,62 +88,93 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Round:
-    """What a round has made of a task.
+class Outcome:
+    """What has become of a task that keeps the residual's promise, now in the matrices' place.
 
     Attributes:
-        certified: whether `nearest` keeps the residual's promise.
-        nearest: [batch, rows, cols], in fp32.
         energy: kept share of the energy, pooled over the batch.
-        polar: [batch, rows, cols], in fp32; None where it was not wanted.
-        start: for the next round, or the next projection.
+        polar: [batch, rows, cols], in the matrices' dtype; None where it was not wanted.
+        start: for the next projection.
     """
 
-    certified: bool
-    nearest: Tensor
     energy: float
     polar: Tensor | None
     start: Tensor
 
 
 class _Group:
-    """Tasks of one smaller side and rank, in one stack [count, small, large]."""
+    """Tasks of one smaller side and rank, in one stack [count, small, large].
 
-    def __init__(self, tasks: Sequence[Task], members: list[int], offset: int) -> None:
-        self.members = members
-        first = tasks[members[0]]
+    Attributes:
+        total: ‖M‖_F of each matrix.
+        rows: what spans V, [count, rank, large].
+        images: of Gaussian vectors, on the way to η; None when it is known.
+        bound: η by ‖M‖_F², from above.
+        left: U, [count, rank, small], and `factor`: A by ‖M‖_F, [count, rank, large].
+        turn: makes U M orthonormal, but for rounding and what A has gained.
+        near: P where it is there already.
+    """
+
+    bound: Tensor
+    left: Tensor
+    factor: Tensor
+    turn: Tensor
+    near: Tensor | None = None
+
+    def __init__(self, tasks: dict[int, Task]) -> None:
+        self.tasks = tasks
+        first = next(iter(tasks.values()))
         self.small, self.rank = first.small, first.rank
-        large = max(tasks[i].large for i in members)
-        self.places: list[slice] = []  # in the stack
-        count = 0
-        for i in members:
-            self.places.append(slice(count, count + len(tasks[i].matrices)))
-            count = self.places[-1].stop
-        self.where = slice(offset, offset + count)  # in the batch of all groups
-        filled = any(tasks[i].large < large for i in members)
-        make = first.start.new_zeros if filled else first.start.new_empty
-        self.matrices = make(count, self.small, large)
-        places = zip(members, self.places, strict=True)
-        torch._foreach_copy_(
-            [self.matrices[place, :, : tasks[i].large] for i, place in places],
-            [tasks[i].orient(tasks[i].matrices) for i in members],
-        )
-        self.start = torch.cat([tasks[i].start for i in members])
+        self.places: dict[int, slice] = {}  # in the stack
+        self.count = 0
+        for index, task in tasks.items():
+            self.places[index] = slice(self.count, self.count + len(task.matrices))
+            self.count += len(task.matrices)
+        start = torch.cat([task.start for task in tasks.values()])
+        self.alone = len(tasks) == 1 and first.matrices.dtype == start.dtype
+        if self.alone:
+            self.matrices = first.orient(first.matrices)
+        else:
+            large = max(task.large for task in tasks.values())
+            filled = any(task.large < large for task in tasks.values())
+            make = start.new_zeros if filled else start.new_empty
+            self.matrices = make(self.count, self.small, large)
+            torch._foreach_copy_(
+                [self.matrices[self.places[i], :, : task.large] for i, task in tasks.items()],
+                [task.orient(task.matrices) for task in tasks.values()],
+            )
+        self.total = norm(self.matrices)
+        sketch = gaussian(self.small, start.device) / self.total[:, None, None]
+        both = torch.bmm(torch.cat([start, sketch], -1).mT, self.matrices)
+        self.rows = both[:, : self.rank]
+        self.images: Tensor | None = both[:, self.rank :]
+
+    def nearest(self) -> Tensor:
+        """P, in place where that can be."""
+        left = self.left.mT * self.total[:, None, None]
+        if self.alone:
+            return torch.bmm(left, self.factor, out=self.matrices)
+        return torch.bmm(left, self.factor)
 
 
 class _Batch:
     """r × r of all groups, [count, size, size]; beyond a group's own rank the identity."""
 
     def __init__(self, groups: Sequence[_Group]) -> None:
+        self.places: dict[int, slice] = {}
+        self.count = 0
+        for group in groups:
+            self.places[id(group)] = slice(self.count, self.count + group.count)
+            self.count += group.count
         self.groups = groups
         self.size = max(group.rank for group in groups)
-        like = groups[0].matrices
+        like = groups[0].rows
         identity = torch.eye(self.size, dtype=like.dtype, device=like.device)
-        self.identity = identity.expand(groups[-1].where.stop, -1, -1)
+        self.identity = identity.expand(self.count, -1, -1)
 
     def of(self, batch: Tensor, group: _Group) -> Tensor:
         """One group's, [count, rank, rank]."""
-        return batch[group.where, : group.rank, : group.rank]
+        return batch[self.places[id(group)], : group.rank, : group.rank]
 
     def grams(self, factors: Sequence[Tensor]) -> Tensor:
         """F Fᵀ of a factor [count, rank, any] for each group."""
@@ -151,15 +193,26 @@ class _Batch:
             failed = torch.stack([info for _, info in each])
         return lower, failed == 0
 
-    def whitening(self, grams: Tensor) -> tuple[Tensor, Tensor]:
-        """L⁻¹, which makes factors orthonormal, and L's diagonal; NaN where there is no L."""
-        lower, positive = self.cholesky(grams)
-        inverse = torch.linalg.solve_triangular(lower, self.identity, upper=False)
-        diagonal = lower.diagonal(dim1=-2, dim2=-1)
-        return inverse, torch.where(positive[:, None], diagonal, torch.nan)
+    def inverse(self, lower: Tensor) -> Tensor:
+        """L⁻¹."""
+        return torch.linalg.solve_triangular(lower, self.identity, upper=False)
 
-    def inverse_roots(self, grams: Tensor) -> tuple[Tensor, Tensor]:
-        """G^(-1/2), and how far it is from that.
+    def exceeds(self, grams: Tensor, bound: Tensor) -> Tensor:
+        """Whether every eigenvalue is above a bound, [count]."""
+        # as far as rounding lets a positive matrix be known, which is relative to its diagonal
+        shift = bound[:, None] + 4 * _EPS * grams.diagonal(dim1=-2, dim2=-1)
+        _, positive = self.cholesky(grams - torch.diag_embed(shift))
+        return positive & torch.isfinite(bound)
+
+    def beyond(self, group: _Group, metric: Tensor, vectors: Tensor) -> Tensor:
+        """Vectors less what they share with the rows, whose Gram matrix has `metric` as inverse."""
+        for _ in range(2):  # of a large part the first time leaves its rounding
+            shared = torch.bmm(torch.bmm(vectors, group.rows.mT), self.of(metric, group))
+            vectors = torch.baddbmm(vectors, shared, group.rows, alpha=-1)
+        return vectors
+
+    def inverse_roots(self, grams: Tensor) -> Tensor:
+        """G^(-1/2).
 
         Newton–Schulz, coupled: Y → G^(1/2), C → G^(-1/2), each step a cubic that is steepest for
         the smallest value that is left (Chen and Chow 2014). Zero eigenvalues stay small.
@@ -167,127 +220,189 @@ class _Batch:
         norms = torch.linalg.matrix_norm(grams, keepdim=True)
         root, inverse = grams / norms, self.identity
         least = _FAINTEST
-        product = root
         while least < 1 - _EPS:
             # x ← s x (3 - s² x²) / 2 for the roots x of eigenvalues, from `least` to 1
             scale = (3 / (1 + least + least * least)) ** 0.5
+            product = torch.bmm(inverse, root)
             factor = torch.add(self.identity, product, alpha=-(scale**2) / 3)
             root = torch.baddbmm(root, root, factor, beta=0, alpha=1.5 * scale)
             inverse = torch.baddbmm(inverse, factor, inverse, beta=0, alpha=1.5 * scale)
-            product = torch.bmm(inverse, root)
             least = 0.5 * scale * least * (3 - scale**2 * least**2)
-        distance = torch.linalg.matrix_norm(product - self.identity)
-        return inverse * norms.rsqrt(), distance
+        return inverse * norms.rsqrt()
 
 
-def project_together(tasks: Sequence[Task]) -> list[Round]:
-    """One round for every task; the device is waited for once.
+def project_together(tasks: Sequence[Task]) -> tuple[dict[int, Outcome], set[int]]:
+    """Project in lockstep, in place.
 
     Args:
         tasks: with matrices and starts on one device.
-    """
-    groups: list[_Group] = []
-    for members in _alike(tasks):
-        groups.append(_Group(tasks, members, groups[-1].where.stop if groups else 0))
-    batch = _Batch(groups)
-    # norms of all matrices, in one place: of M, of what bounds η³, of what gives d, of M - P
-    norm, rest, gained, residual = groups[0].matrices.new_empty(4, groups[-1].where.stop)
 
-    vector_norm = torch.linalg.vector_norm
-    rows: list[Tensor] = []
-    images: list[Tensor] = []  # of Gaussian vectors S
-    for group in groups:
-        matrices, own = group.matrices, norm[group.where]
-        vector_norm(matrices, dim=(-2, -1), out=own)
-        matrices.div_(own[:, None, None])
-        sketch = gaussian(group.small, matrices.device).expand(len(matrices), -1, -1)
-        start = group.start * own[:, None, None]
-        both = torch.bmm(torch.cat([start, sketch], -1).mT, matrices)
-        rows.append(both[:, : group.rank])
-        images.append(both[:, group.rank :])
-    inverse, diagonal = batch.whitening(batch.grams(rows))
-    # where the start is nearly right, the rows are nearly orthonormal as they are
-    sound = diagonal.amin(-1) > 0.1 * diagonal.amax(-1)
-    right: list[Tensor] = []  # V
+    Returns:
+        The outcome of those tasks that surely keep the promise, by their number; the others'
+        matrices are as they were. And which of the others have no gap at the rank, or too small a
+        one, so that more such steps are of no use.
+    """
+    done: dict[int, Outcome] = {}
+    hopeless: set[int] = set()
+    states: dict[int, _State] = {}
+    groups = [_Group({i: tasks[i] for i in members}) for members in _alike(tasks)]
+    for _ in range(ROUNDS):
+        states.update(_round(groups))
+        finished = [group for group in groups if any(states[i].sure for i in group.tasks)]
+        if finished:
+            done.update(_finish(finished, states, done))
+        hopeless.update(i for i, state in states.items() if state.hopeless and i not in done)
+        # what is not sound now will not be later
+        settled = {i for i, state in states.items() if not state.sound} | done.keys() | hopeless
+        groups = [group for group in groups if not group.tasks.keys() <= settled]
+        if not groups:
+            break
+        for group in groups:
+            group.rows, group.near = group.factor, None
+    return done, {i for i, state in states.items() if state.sound and i not in done}
+
+
+@dataclass(frozen=True)
+class _State:
+    """Of a task after a round.
+
+    Attributes:
+        sure: whether P keeps the promise.
+        sound: whether the bound is one, as for rows that are far from dependent.
+        hopeless: whether no further round will help, for want of a gap.
+        energy: kept share.
+        faint: whether σ_r is too small to be squared.
+    """
+
+    sure: bool
+    sound: bool
+    hopeless: bool
+    energy: float
+    faint: bool
+
+
+def _round(groups: Sequence[_Group]) -> dict[int, _State]:
+    batch = _Batch(groups)
+    total = torch.cat([group.total for group in groups])
+    # norms by ‖M‖_F, of Z, of A, of what A has gained, of M - P
+    before, after, gained, residual = total.new_empty(4, batch.count)
+    grams = batch.grams([group.rows for group in groups])
+    lower, sound = batch.cholesky(grams)
+    # 1 where the rows are orthogonal to each other
+    spread = (grams.diagonal(dim1=-2, dim2=-1).sqrt() / lower.diagonal(dim1=-2, dim2=-1)).amax(-1)
+    inverse = batch.inverse(lower)
+    metric = torch.bmm(inverse.mT, inverse)
+    inverse = inverse / total[:, None, None]
     left: list[Tensor] = []  # Zᵀ, then U
-    for index, group in enumerate(groups):
-        basis, image = torch.bmm(batch.of(inverse, group), rows[index]), images[index]
-        for _ in range(2):  # of M's large part the first time leaves its rounding
-            image = torch.baddbmm(image, torch.bmm(image, basis.mT), basis, alpha=-1)
-        both = torch.bmm(torch.cat([basis, image], 1), group.matrices.mT)
-        right.append(basis)
-        left.append(both[:, : group.rank])
-        images[index] = both[:, group.rank :]
+    for group in groups:
+        both = group.rows
+        if group.images is not None:
+            both = torch.cat([both, batch.beyond(group, metric, group.images)], 1)
+        both = torch.bmm(both, group.matrices.mT)
+        left.append(torch.bmm(batch.of(inverse, group), both[:, : group.rank]))
+        before[batch.places[id(group)]] = norm(left[-1])
+        if group.images is not None:
+            group.images = both[:, group.rank :] / group.total[:, None, None]
     kept = batch.grams(left)
-    inverse, diagonal = batch.whitening(kept)
-    sound &= torch.isfinite(diagonal).all(-1)
+    lower, positive = batch.cholesky(kept)
+    faintest = lower.diagonal(dim1=-2, dim2=-1).amin(-1)
+    inverse = batch.inverse(lower)
     for index, group in enumerate(groups):
         left[index] = torch.bmm(batch.of(inverse, group), left[index])
+        group.turn = batch.of(inverse, group).mT
     # one Cholesky QR is as wrong as Z's condition squared; a step of Newton–Schulz squares that
     overlap = batch.grams(left)
     wrong = torch.linalg.matrix_norm(overlap - batch.identity)
     polish = 1.5 * batch.identity - 0.5 * overlap
-    factors: list[Tensor] = []  # A
-    nearest: list[Tensor] = []
     for index, group in enumerate(groups):
-        basis = left[index] = torch.bmm(batch.of(polish, group), left[index])
-        both = torch.bmm(torch.cat([basis, images[index]], 1), group.matrices)
-        factor = both[:, : group.rank]
-        vector_norm(both[:, group.rank :], dim=(-2, -1), out=rest[group.where])
-        old = torch.bmm(factor, right[index].mT)
-        new = torch.baddbmm(factor, old, right[index], alpha=-1)
-        vector_norm(new, dim=(-2, -1), out=gained[group.where])
-        near = torch.bmm(basis.mT, factor)
-        vector_norm(group.matrices - near, dim=(-2, -1), out=residual[group.where])
-        nearest.append(near.mul_(norm[group.where, None, None]))
-        factors.append(factor)
+        place, own = batch.places[id(group)], group.total[:, None, None]
+        group.left = torch.bmm(batch.of(polish, group), left[index])
+        both = group.left if group.images is None else torch.cat([group.left, group.images], 1)
+        both = torch.bmm(both / own, group.matrices)
+        group.factor = both[:, : group.rank]
+        if group.images is not None:
+            rest = norm(both[:, group.rank :])
+            group.bound, group.images = (SAFETY / PROBES * rest.square()).pow(1 / 3), None
+        after[place] = norm(group.factor)
+        coupled = group.factor
+        if group.rank > PROBES:
+            probes = gaussian(group.rank, own.device) * (SAFETY / PROBES) ** 0.5
+            coupled = torch.bmm(probes.mT.expand(group.count, -1, -1), coupled)
+        gained[place] = norm(batch.beyond(group, metric, coupled))
+        lost = 1 - after[place].square()
+        if lost.is_cpu and bool((lost > _LARGE).all()):
+            residual[place] = lost.sqrt()
+        else:  # do not wait for a GPU to know
+            group.near = torch.bmm(group.left.mT * own, group.factor)
+            residual[place] = norm(group.matrices - group.near) / group.total
 
-    # the certificate
-    beyond = (SAFETY / PROBES * rest.square()).pow(1 / 3)
-    allowed = (1 - 1 / RESIDUAL_PROMISE**2) * residual.square() - wrong.pow(4)
-    least = beyond * (1 + gained.square() / allowed) + 4 * _EPS
-    _, exceeds = batch.cholesky(kept - least[:, None, None] * batch.identity)
-    exceeds &= (allowed > 0) & torch.isfinite(least)
-    in_range = (norm > 1e-12) & (norm < 1e15)
-    certified = sound & in_range & (wrong < 0.1) & (exceeds | (residual <= ROUNDING))
-
-    # U turned so that its product with M is orthonormal: the next start, and half of U Vᵀ
-    distance = torch.zeros_like(norm)
-    if any(task.polar for task in tasks):
-        turn, distance = batch.inverse_roots(batch.grams(factors))
-    else:
-        turn, _ = batch.whitening(batch.grams(factors))
-    starts: list[Tensor] = []
-    polars: list[Tensor | None] = []
-    for index, group in enumerate(groups):
-        turned = torch.bmm(batch.of(turn, group), left[index])
-        starts.append((turned / norm[group.where, None, None]).mT.contiguous())
-        wanted = any(tasks[i].polar for i in group.members)
-        polars.append(torch.bmm(turned.mT, factors[index]) if wanted else None)
-
-    looked = torch.stack([certified.float(), 1 - residual.square(), norm, distance]).tolist()
-    found: dict[int, Round] = {}
-    for index, group in enumerate(groups):
-        for i, place in zip(group.members, group.places, strict=True):
-            sure, energies, norms, distances = (values[group.where][place] for values in looked)
-            polar = polars[index]
-            if polar is not None and tasks[i].polar:
-                polar = polar[place]
-                if not all(far < _FAR for far in distances):
-                    # too ill-conditioned to be squared
-                    steps = newton_schulz(factors[index][place])
-                    polar = left[index][place].mT @ steps
-                polar = tasks[i].orient(polar[..., : tasks[i].large])
-            total = sum(size * size for size in norms)
+    bound = torch.cat([group.bound for group in groups])
+    optimum = (residual - ROUNDING).clamp_min(0) / RESIDUAL_PROMISE  # at least, or P may be wrong
+    rounding = ROUNDING * spread.square() + wrong.square()
+    allowed = residual.square() - optimum.square() - rounding.square()
+    # what was gained is also known as a difference, but for rounding
+    difference = (after.square() - before.square()).clamp_min(0) + 4 * _EPS
+    gain = torch.minimum(gained.square(), difference)
+    sound &= positive & (spread < 10) & (wrong < 0.1) & (total > 1e-12) & (total < 1e15)
+    exceeds = batch.exceeds(kept, bound * (1 + gain / allowed)) & (allowed > 0)
+    sure = sound & (exceeds | (residual <= ROUNDING))
+    state = torch.where(sure, _SURE, sound * (1.0 + batch.exceeds(kept, _GAP * bound)))
+    looked = torch.stack([state, 1 - residual.square(), total, faintest]).tolist()
+    found: dict[int, _State] = {}
+    for group in groups:
+        here = [values[batch.places[id(group)]] for values in looked]
+        for i, place in group.places.items():
+            states, energies, norms, faint = (values[place] for values in here)
+            whole = sum(size * size for size in norms)
             share = sum(e * size * size for e, size in zip(energies, norms, strict=True))
-            found[i] = Round(
-                certified=all(sure),
-                nearest=tasks[i].orient(nearest[index][place, :, : tasks[i].large]),
-                energy=max(0.0, share / total) if total else 1.0,
-                polar=polar if tasks[i].polar else None,
-                start=starts[index][place],
+            found[i] = _State(
+                sure=min(states) == _SURE,
+                sound=min(states) != _UNSOUND,
+                hopeless=_HOPELESS in states,
+                energy=max(0.0, share / whole) if whole else 1.0,
+                faint=not min(faint) > 4 * _FAINTEST,
             )
-    return [found[i] for i in range(len(tasks))]
+    return found
+
+
+def _finish(
+    groups: Sequence[_Group], states: dict[int, _State], done: dict[int, Outcome]
+) -> dict[int, Outcome]:
+    """What is sure of some groups, and not done before."""
+    found: dict[int, Outcome] = {}
+    batch = roots = None
+    if any(task.polar for group in groups for task in group.tasks.values()):
+        batch = _Batch(groups)
+        roots = batch.inverse_roots(batch.grams([group.factor for group in groups]))
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    for group in groups:
+        turn = group.turn
+        if batch is not None and roots is not None:
+            turn = batch.of(roots, group)
+        # its product with M is orthonormal: the next start, and half of U Vᵀ
+        turned = torch.bmm(turn, group.left)
+        start = (turned / group.total[:, None, None]).mT.contiguous()
+        polar = None
+        if any(task.polar for task in group.tasks.values()):
+            polar = torch.bmm(turned.mT, group.factor)
+        near = group.nearest() if group.near is None else group.near
+        for i, task in group.tasks.items():
+            if not states[i].sure or i in done:
+                continue
+            place, own = group.places[i], None
+            if polar is not None and task.polar:
+                own = polar[place]
+                if states[i].faint:
+                    own = group.left[place].mT @ newton_schulz(group.factor[place])
+                own = task.orient(own[..., : task.large]).to(task.matrices.dtype)
+            found[i] = Outcome(states[i].energy, own, start[place])
+            if near is not group.matrices:
+                targets.append(task.matrices)
+                sources.append(task.orient(near[place, :, : task.large]))
+    if targets:
+        torch._foreach_copy_(targets, sources)
+    return found
 
 
 def _alike(tasks: Sequence[Task]) -> list[list[int]]:
@@ -297,13 +412,15 @@ def _alike(tasks: Sequence[Task]) -> list[list[int]]:
         range(len(tasks)), key=lambda i: (tasks[i].small, tasks[i].rank, -tasks[i].large)
     )
     used = stored = 0
+    filled, little = (_FILLED, _LITTLE) if tasks[0].start.is_cuda else (1, _LITTLE_ON_CPU)
     for i in order:
         task = tasks[i]
         head = tasks[alike[-1][0]] if alike else task
         used += len(task.matrices) * task.small * task.large
         stored += len(task.matrices) * task.small * head.large
         same = (head.small, head.rank) == (task.small, task.rank)
-        if alike and same and stored <= _FILLED * used + _LITTLE:
+        large = task.small * task.large >= _STACKED and not task.start.is_cuda
+        if alike and same and not large and stored <= filled * used + little:
             alike[-1].append(i)
         else:
             alike.append([i])
