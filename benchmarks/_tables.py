@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from cifar10.means import means
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def _results(prefix: str) -> dict[str, dict[str, Any]]:
+def _results(prefix: str, suffix: str = "") -> dict[str, dict[str, Any]]:
     order = ("resnet20", "resnet18", "resnet50", "vit_b_16", "llama_7b_block")
-    paths = {name: RESULTS / f"{prefix}-{name}.json" for name in order}
+    paths = {name: RESULTS / f"{prefix}-{name}{suffix}.json" for name in order}
     return {name: json.loads(p.read_text()) for name, p in paths.items() if p.exists()}
 
 
@@ -25,12 +26,12 @@ def _range(ratio: dict[str, float]) -> str:
     return f"{ratio['median']:.1f}" + ("" if low == high else f" ({low:.1f} to {high:.1f})")
 
 
-def projection() -> str:
+def projection(suffix: str = "") -> str:
     lines = [
         "| network | scheme | `svd`, all layers | cold | steady |",
         "|---|---|---|---|---|",
     ]
-    for name, result in _results("projection").items():
+    for name, result in _results("projection", suffix).items():
         for scheme, entry in result["networks"][name]["schemes"].items():
             cold, steady = entry["cold"], entry["steady"]
             lines.append(
@@ -40,16 +41,16 @@ def projection() -> str:
     return "\n".join(lines)
 
 
-def overhead() -> str:
+def overhead(suffix: str = "") -> str:
     lines = [
         "| network | plain step | TRP, m = 20 | TRP, m = 1 | authors' algorithm |",
         "|---|---|---|---|---|",
     ]
-    for name, result in _results("training_overhead").items():
+    for name, result in _results("training_overhead", suffix).items():
         entry = result[name]
         plain = entry["spread"]["seconds_a_step"]["plain"]["median"]
         cells = " | ".join(f"{entry[key]:.3f} ×" for key in ("m20", "m1", "authors"))
-        lines.append(f"| {name} | {plain * 1e3:,.0f} ms | {cells} |")
+        lines.append(f"| {name} | {1e3 * plain:,.{0 if plain > 0.1 else 1}f} ms | {cells} |")
     return "\n".join(lines)
 
 
@@ -295,6 +296,8 @@ PAGES = {
         "projection": projection,
         "memory": memory,
         "overhead": overhead,
+        "projection on a GPU": partial(projection, "-cuda"),
+        "overhead on a GPU": partial(overhead, "-cuda"),
         "shared": shared,
     },
     "deployment.md": {
@@ -323,7 +326,10 @@ def main() -> None:
             mark = f"<!-- table: {title} -->"
             filled = f"{mark}\n{table()}\n<!-- end -->"
             text = re.sub(
-                rf"{mark}(\n.*?<!-- end -->)?", lambda _, f=filled: f, text, flags=re.DOTALL
+                rf"{mark}(\n(?:(?!<!-- table).)*?<!-- end -->)?",
+                lambda _, f=filled: f,
+                text,
+                flags=re.DOTALL,
             )
         page.write_text(text)
 

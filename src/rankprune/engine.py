@@ -312,14 +312,15 @@ def _by_decomposition(
     jobs: Mapping[int, Job], parts: Sequence[tuple[int, slice]], matrix: Tensor
 ) -> Iterator[tuple[int, Projected]]:
     rough = jobs[parts[0][0]].rough  # as all of a group are
-    small = min(matrix.shape[-2:]) < SMALLEST_SIDE  # where fp64 takes no longer
-    whole = Decomposition(matrix, working=torch.float32 if rough and not small else torch.float64)
+    # fp64 takes no longer for small sides, and on a GPU half as long as an fp32 that falls short
+    double = not rough or matrix.is_cuda or min(matrix.shape[-2:]) < SMALLEST_SIDE
+    whole = Decomposition(matrix, working=torch.float64 if double else torch.float32)
     for index, part in parts:
         job, decomposition = jobs[index], whole.part(part)
         spectrum = Spectrum(decomposition.values, job.shape)
         rank = job.rank if isinstance(job.rank, int) else job.rank(spectrum)
         full = rank == job.shape.max_rank
-        if rough and not small and not full and not decomposition.keeps(rank):
+        if not double and not full and not decomposition.keeps(rank):
             # eigenvectors that fp32 has spoilt are still a good start
             subspace = Subspace(decomposition.matrix, decomposition.start(rank, rough=True))
             done = _by_iteration({0: replace(job, rank=rank)}, [(0, slice(None))], subspace)
