@@ -144,24 +144,43 @@ def test_company_changes_nothing_but_rounding() -> None:
             assert torch.allclose(found.polar, other, rtol=0, atol=1e-4)
 
 
-def test_no_gap_is_seen_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gap_another_engine_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is certain already takes no part in the further rounds."""
     flat = matrix_of(30, 50, 1, "flat").float()
     gap = matrix_of(30, 50, 1, "gap", 5, 1e-3).float()
     starts = [Decomposition(flat).start(5), Decomposition(gap).start(5)]
-    rounds: list[int] = []
+    taken: list[list[int]] = []
     inner = lockstep._round
 
     def counted(groups: Any) -> Any:
-        rounds.append(len(groups))
-        return inner(groups)
+        states = inner(groups)
+        taken.append([i for i, state in states.items() if not state.sure])
+        return states
 
     monkeypatch.setattr(lockstep, "_round", counted)
     before = flat.clone()
     done, hopeless = project_together([Task(flat, starts[0], False), Task(gap, starts[1], False)])
     assert sorted(done) == [1]
     assert hopeless == {0}
-    assert len(rounds) == 1
+    assert taken == [[0]] * lockstep.ROUNDS
     assert torch.equal(flat, before)
+
+
+def test_a_bad_start_hides_the_gap_at_first() -> None:
+    """A gap of two, and a start from a matrix that half of is noise: later rounds see it."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.cat([torch.linspace(3, 1, 8), torch.linspace(0.5, 0.01, 24)]).double()
+    u = torch.linalg.qr(torch.randn(32, 32, generator=generator, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(96, 32, generator=generator, dtype=torch.float64)).Q
+    matrix = (u * values) @ v.mT
+    noise = torch.randn(32, 96, generator=generator, dtype=torch.float64)
+    noise *= 0.5 * matrix.norm() / noise.norm()
+    start = Decomposition((matrix + noise)[None].float()).start(8)
+    projected = matrix[None].float()
+    done, _ = project_together([Task(projected, start, False)])
+    assert sorted(done) == [0]
+    residual = (matrix - projected[0].double()).norm()
+    assert residual <= 1.0001 * values[8:].square().sum().sqrt()
 
 
 @pytest.mark.parametrize("condition", [30.0, 3e4])

@@ -17,9 +17,10 @@ B = Dᵀ Z. The last trace is d = ‖A (I − VᵀV)‖_F², and P keeps tr T + 
 
     opt − ‖P‖_F² ≤ d η / (λ − η)
 
-and P keeps the promise where λ ≥ η (1 + d / what it may miss). Further rounds need no new η: no
-D is longer than the one before. η is bounded by the Schatten norm ‖D‖_S6² = tr((DᵀD)³)^(1/3), which
-a few Gaussian vectors S estimate as they take part in the first round's products.
+and P keeps the promise where λ ≥ η (1 + d / what it may miss). Every round finds η anew,
+for D becomes shorter, and a bad start hides the gap at first. η is bounded by the Schatten norm
+‖D‖_S6² = tr((DᵀD)³)^(1/3), which a few Gaussian vectors S estimate as they take part in the round's
+products.
 """
 
 from __future__ import annotations
@@ -44,13 +45,11 @@ _STACKED = 2**18
 _BATCHED_SIDE = 256
 # The polar factor is found from the factor's Gram matrix where no direction is fainter than this.
 _FAINTEST = 1e-3
-# The least that the kept eigenvalues must exceed the others by for another round to be tried.
-_GAP = 2.0
 # Above this share of the energy the residual's is well known as a difference.
 _LARGE = 2e-5
 
 # What a round says of each matrix.
-_UNSOUND, _HOPELESS, _SURE = 0.0, 1.0, 3.0
+_UNSOUND, _SOUND, _SURE = 0.0, 1.0, 2.0
 
 _EPS = torch.finfo(torch.float32).eps
 
@@ -144,10 +143,17 @@ class _Group:
                 [task.orient(task.matrices) for task in tasks.values()],
             )
         self.total = norm(self.matrices)
-        sketch = gaussian(self.small, start.device) / self.total[:, None, None]
-        both = torch.bmm(torch.cat([start, sketch], -1).mT, self.matrices)
+        both = torch.bmm(torch.cat([start, self._sketch()], -1).mT, self.matrices)
         self.rows = both[:, : self.rank]
         self.images: Tensor | None = both[:, self.rank :]
+
+    def go_on(self) -> None:
+        """Begin another round, which finds η anew: the last one has lessened it."""
+        self.rows, self.near = self.factor, None
+        self.images = torch.bmm(self._sketch().mT, self.matrices)
+
+    def _sketch(self) -> Tensor:
+        return gaussian(self.small, self.total.device) / self.total[:, None, None]
 
     def nearest(self) -> Tensor:
         """P, in place where that can be."""
@@ -239,11 +245,10 @@ def project_together(tasks: Sequence[Task]) -> tuple[dict[int, Outcome], set[int
 
     Returns:
         The outcome of those tasks that surely keep the promise, by their number; the others'
-        matrices are as they were. And which of the others have no gap at the rank, or too small a
-        one, so that more such steps are of no use.
+        matrices are as they were. And which of the others have too small a gap at the rank, so that
+        more such steps are of no use.
     """
     done: dict[int, Outcome] = {}
-    hopeless: set[int] = set()
     states: dict[int, _State] = {}
     groups = [_Group({i: tasks[i] for i in members}) for members in _alike(tasks)]
     for _ in range(ROUNDS):
@@ -251,14 +256,13 @@ def project_together(tasks: Sequence[Task]) -> tuple[dict[int, Outcome], set[int
         finished = [group for group in groups if any(states[i].sure for i in group.tasks)]
         if finished:
             done.update(_finish(finished, states, done))
-        hopeless.update(i for i, state in states.items() if state.hopeless and i not in done)
         # what is not sound now will not be later
-        settled = {i for i, state in states.items() if not state.sound} | done.keys() | hopeless
+        settled = {i for i, state in states.items() if not state.sound} | done.keys()
         groups = [group for group in groups if not group.tasks.keys() <= settled]
         if not groups:
             break
         for group in groups:
-            group.rows, group.near = group.factor, None
+            group.go_on()
     return done, {i for i, state in states.items() if state.sound and i not in done}
 
 
@@ -269,14 +273,12 @@ class _State:
     Attributes:
         sure: whether P keeps the promise.
         sound: whether the bound is one, as for rows that are far from dependent.
-        hopeless: whether no further round will help, for want of a gap.
         energy: kept share.
         faint: whether σ_r is too small to be squared.
     """
 
     sure: bool
     sound: bool
-    hopeless: bool
     energy: float
     faint: bool
 
@@ -346,7 +348,7 @@ def _round(groups: Sequence[_Group]) -> dict[int, _State]:
     sound &= positive & (spread < 10) & (wrong < 0.1) & (total > 1e-12) & (total < 1e15)
     exceeds = batch.exceeds(kept, bound * (1 + gain / allowed)) & (allowed > 0)
     sure = sound & (exceeds | (residual <= ROUNDING))
-    state = torch.where(sure, _SURE, sound * (1.0 + batch.exceeds(kept, _GAP * bound)))
+    state = torch.where(sure, _SURE, torch.where(sound, _SOUND, _UNSOUND))
     looked = torch.stack([state, 1 - residual.square(), total, faintest]).tolist()
     found: dict[int, _State] = {}
     for group in groups:
@@ -358,7 +360,6 @@ def _round(groups: Sequence[_Group]) -> dict[int, _State]:
             found[i] = _State(
                 sure=min(states) == _SURE,
                 sound=min(states) != _UNSOUND,
-                hopeless=_HOPELESS in states,
                 energy=max(0.0, share / whole) if whole else 1.0,
                 faint=not min(faint) > 4 * _FAINTEST,
             )
