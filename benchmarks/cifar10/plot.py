@@ -8,6 +8,7 @@ writes docs/images/cifar10-MODEL.svg for every model in results.json.
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,14 @@ IMAGES = HERE.parent.parent / "docs" / "images"
 
 
 def plot(model: str, rows: list[dict[str, Any]], file: Path) -> None:
-    """The longest training that several methods had, one line a method."""
-    counts = {r["epochs"]: sum(o["epochs"] == r["epochs"] for o in rows) for r in rows}
-    epochs = max((e for e, count in counts.items() if e and count > 3), default=0)
-    rows = [r for r in rows if r["epochs"] == epochs and r["start"] != "random"]
-    dense = [r["accuracy"] for r in rows if r["method"] == "dense"]
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for value in dense:
-        axes.axhline(value, color="0.6", linestyle=":", label="dense")
-    names = sorted(
-        {r["method"] for r in rows},
-        key=lambda name: -max(r["accuracy"] for r in rows if r["method"] == name),
-    )
-    for index, name in enumerate(name for name in names if not name.startswith("dense")):
+    """Draw one line a method, and the dense network as a level."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    best = {name: max(r["accuracy"] for r in rows if r["method"] == name) for name in _names(rows)}
+    for index, name in enumerate(sorted(best, key=lambda name: -best[name])):
         own = sorted((r["flops_reduction"], r["accuracy"]) for r in rows if r["method"] == name)
+        if name == "dense":
+            axes.axhline(own[0][1], color="0.6", linestyle=":", label=name)
+            continue
         ours = name == "ours"
         axes.plot(
             *zip(*own, strict=True),
@@ -46,20 +41,33 @@ def plot(model: str, rows: list[dict[str, Any]], file: Path) -> None:
         )
     axes.set_xlabel("times fewer FLOPs")
     axes.set_ylabel("test accuracy, %")
-    axes.set_title(f"{model}, CIFAR-10 as JPEG, {epochs} epochs from the same dense weights")
+    axes.set_title(f"{model}: {rows[0]['epochs']} epochs from the same dense weights")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     file.parent.mkdir(exist_ok=True)
     figure.savefig(file, metadata={"Date": None})
     plt.close(figure)
 
 
+def _names(rows: list[dict[str, Any]]) -> set[str]:
+    return {row["method"] for row in rows}
+
+
 def main() -> None:
     mpl.rcParams["svg.hashsalt"] = "rankprune"  # the same file for the same rows
-    rows = means(json.loads((HERE / "results.json").read_text()))
-    for model in sorted({row["model"] for row in rows}):
-        own = [row for row in rows if row["model"] == model]
-        plot(model, own, IMAGES / f"cifar10-{model}.svg")
+    groups: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in means(json.loads((HERE / "results.json").read_text())):
+        if row["epochs"] and row["start"] != "random":
+            groups[row["model"], row["epochs"]].append(row)
+    for model in sorted({model for model, _ in groups}):
+        # of what was trained alike, where most methods were
+        rows = max((rows for key, rows in groups.items() if key[0] == model), key=_variety)
+        if _variety(rows) > 1:
+            plot(model, rows, IMAGES / f"cifar10-{model}.svg")
+
+
+def _variety(rows: list[dict[str, Any]]) -> int:
+    return len(_names(rows))
 
 
 if __name__ == "__main__":
