@@ -130,7 +130,8 @@ def _pass(model: nn.Module, loss: Loss, training: Training, images: Tensor, labe
             parameter.grad = None
         kind = images.device.type
         # a graph must not read weights that autocast has converted before it
-        with torch.autocast(kind, torch.bfloat16, enabled=training.bf16, cache_enabled=False):
+        half = torch.autocast(kind, torch.bfloat16, enabled=training.bf16, cache_enabled=False)
+        with _composed(model), half:
             value = loss(model, images, labels)
         value.backward()
         return value.detach()
@@ -144,13 +145,12 @@ def _captured(compute: Pass, model: nn.Module, images: Tensor, labels: Tensor) -
     kept = [buffer.clone() for buffer in model.buffers()]
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
-    with _composed(model):
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # libraries choose their algorithms and workspaces
-                compute(images, labels)
-        stream.synchronize()
-        with torch.cuda.graph(graph, stream=stream):
-            value = compute(images, labels)
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # libraries choose their algorithms and workspaces
+            compute(images, labels)
+    stream.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        value = compute(images, labels)
     torch.cuda.current_stream().wait_stream(stream)
     with torch.no_grad():  # BatchNorm's statistics have seen the batch too often
         for buffer, before in zip(model.buffers(), kept, strict=True):
@@ -169,8 +169,8 @@ def _captured(compute: Pass, model: nn.Module, images: Tensor, labels: Tensor) -
 def _composed(model: nn.Module) -> Iterator[None]:
     """Compute factorised convolutions as the dense ones that they are.
 
-    The gradients are the factors' own. A GPU takes several times longer for two narrow
-    convolutions than for a dense one of so few channels.
+    The gradients are the factors' own. Two narrow convolutions take several times as long as a
+    dense one of so few channels, forwards and backwards.
     """
     layers = [layer for layer in low_rank_layers(model).values() if isinstance(layer[1], nn.Conv2d)]
     for layer in layers:
