@@ -255,14 +255,17 @@ def _weights_entry(path: Path, document: dict[str, Any]) -> dict[str, Any]:
 
 def _open(folder: Path) -> tuple[Plan, dict[str, Tensor], dict[str, str]]:
     plan, entry = _read_document(folder)
+    unchanged = 0
     while True:
         try:
             return plan, *_read_weights(folder / entry["file"], entry["sha256"])
         except FileError:
-            # a concurrent save may have committed a newer plan and removed these weights
+            # a concurrent save may have committed a newer plan and removed these weights, and
+            # another one have brought the same plan back meanwhile
             before = entry
             plan, entry = _read_document(folder)
-            if entry == before:
+            unchanged = unchanged + 1 if entry == before else 0
+            if unchanged == 3:
                 raise
 
 
