@@ -117,41 +117,79 @@ class Team:
         for wave in range(max((len(items) for items in pairs), default=0)):
             yield [items[wave] for items in pairs if wave < len(items)]
 
-    def share(self, job: Job, owner: int, result: Projected | Exception | None) -> Projected:
-        """The owner's result, in every process of several.
+    def share(
+        self,
+        jobs: Sequence[Job],
+        wave: Sequence[tuple[int, int]],
+        results: dict[int, Projected | Exception],
+        *,
+        sharded: bool,
+    ) -> Iterator[tuple[int, Projected]]:
+        """The owners' results, in every process of several.
 
         Args:
-            job: what was done; of the same shape, dtype and device everywhere.
-            owner: who has done it.
-            result: its result or failure, at the owner; None elsewhere.
+            jobs: what was done; of the same shapes, dtypes and devices everywhere.
+            wave: (index of a job, its owner), in the same order everywhere.
+            results: what this process's jobs have come to, by index; emptied.
+            sharded: whether the weights are sharded. Where they are not, results are received in
+                their place.
+
+        Yields:
+            A job's index with its result.
 
         Raises:
-            NumericsError: the owner has failed; there, what it has failed with.
+            NumericsError: an owner has failed; there, what it has failed with.
         """
-        shape = (job.shape.batch, job.shape.rows, job.shape.cols)
-        header = torch.zeros(3, dtype=torch.float64, device=job.device)
-        if isinstance(result, Projected):
-            width = 0 if result.start is None else result.start.shape[-1]
-            header = header.new_tensor([result.rank, result.energy, width])
-        rank, energy, width = self.broadcast(header, owner).tolist()
-        if rank == 0:
-            if isinstance(result, Exception):
-                raise result
-            raise NumericsError(
-                f"a decomposition of {shape} failed in process {owner}; its own message says why"
-            )
+        if not wave:
+            return
+        heads = torch.zeros(len(wave), 3, dtype=torch.float64)
+        for place, (index, _) in enumerate(wave):
+            result = results.get(index)
+            if isinstance(result, Projected):
+                width = 0 if result.start is None else result.start.shape[-1]
+                heads[place] = heads.new_tensor([result.rank, result.energy, width])
+        heads = heads.to(jobs[wave[0][0]].device)
+        dist.all_reduce(heads, group=self.group)  # each line is zero but at its owner
+        told = heads.tolist()
+        for (index, owner), (rank, *_) in zip(wave, told, strict=True):
+            if rank == 0:
+                _fail(jobs[index], owner, results.get(index))
+        for (index, owner), (rank, energy, width) in zip(wave, told, strict=True):
+            job, result = jobs[index], results.pop(index, None)
+            own = result if isinstance(result, Projected) else Projected(None, 0, 0.0, None, None)
+            small = min(job.shape.rows, job.shape.cols)
+            nearest = polar = start = None
+            if rank < job.shape.max_rank:
+                nearest = own.nearest
+                if nearest is None:
+                    nearest = _room(job, in_place=not sharded)
+                nearest = self.broadcast(nearest.contiguous(), owner)
+            if job.polar:
+                polar = own.polar
+                if polar is None:
+                    polar = _room(job)
+                polar = self.broadcast(polar.contiguous(), owner)
+            if width:
+                start = own.start
+                if start is None:
+                    start = torch.empty(job.shape.batch, small, int(width), device=job.device)
+                start = self.broadcast(start.contiguous(), owner)
+            yield index, Projected(nearest, int(rank), energy, polar, start)
 
-        def get(mine: Tensor | None, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            if mine is None:
-                mine = torch.empty(size, dtype=dtype, device=job.device)
-            return self.broadcast(mine.contiguous(), owner)
 
-        own = result if isinstance(result, Projected) else Projected(None, 0, 0.0, None, None)
-        nearest = polar = start = None
-        if rank < job.shape.max_rank:
-            nearest = get(own.nearest, shape, job.dtype)
-        if job.polar:
-            polar = get(own.polar, shape, job.dtype)
-        if width:
-            start = get(own.start, (shape[0], min(shape[1:]), int(width)), torch.float32)
-        return Projected(nearest, int(rank), energy, polar, start)
+def _room(job: Job, *, in_place: bool = False) -> Tensor:
+    """Where another process's matrices can go: those of the weight itself, where that can be."""
+    if in_place and (matrices := job.load()).is_contiguous():
+        return matrices
+    shape = (job.shape.batch, job.shape.rows, job.shape.cols)
+    return torch.empty(shape, dtype=job.dtype, device=job.device)
+
+
+def _fail(job: Job, owner: int, result: Projected | Exception | None) -> None:
+    if isinstance(result, Exception):
+        raise result
+    shape = (job.shape.batch, job.shape.rows, job.shape.cols)
+    raise NumericsError(
+        f"layer {job.layer!r}: a decomposition of {shape} failed in process {owner}; its own "
+        "message says why"
+    )

@@ -436,9 +436,8 @@ class Controller:
                 results.update((own[i], result) for i, result in done)
             except Exception as failure:  # the others must not wait for what does not come
                 results.update((index, failure) for index in own if index not in results)
-            for index, owner in wave:
-                mine = results.pop(index, None)
-                yield self._targets[index], team.share(jobs[index], owner, mine)
+            for index, result in team.share(jobs, wave, results, sharded=sharded):
+                yield self._targets[index], result
 
     def _apply(self, target: _Target, done: Projected) -> None:
         if done.nearest is not None:
