@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import rankprune as rp
+from promise import keeps_promise, trained_on
 from rankprune import engine
 from rankprune.engine import Job, Projected, project
-from rankprune.linalg import RESIDUAL_PROMISE, Decomposition
+from rankprune.linalg import Decomposition
 from rankprune.schemes import SCHEMES, MatrixShape
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -62,27 +63,6 @@ def _only(job: Job) -> Projected:
     return result
 
 
-def _checked(matrices: Tensor, rank: int, nearest: Tensor | None) -> None:
-    """The promise, against the SVD in float64 on the CPU."""
-    assert nearest is not None
-    assert nearest.device == matrices.device
-    assert nearest.dtype is matrices.dtype
-    reference = matrices.cpu().double()
-    singular = torch.linalg.svdvals(reference)
-    optimum = singular[..., rank:].square().sum(-1).sqrt()
-    residual = torch.linalg.matrix_norm(reference - nearest.cpu().double())
-    norm = torch.linalg.matrix_norm(reference)
-    rounding = (4 * EPS + torch.finfo(matrices.dtype).eps) * norm
-    assert (residual <= RESIDUAL_PROMISE * optimum + rounding).all()
-
-
-def _moved(matrices: Tensor, share: float, seed: int = 7) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(matrices.shape, generator=generator).to(matrices.device)
-    scale = share * torch.linalg.vector_norm(matrices.float()) / torch.linalg.vector_norm(noise)
-    return (matrices.float() + scale * noise).to(matrices.dtype)
-
-
 # -- the promise -----------------------------------------------------------------------------------
 
 LAYERS = [(16, 3, 3, 3), (16, 16, 3, 3), (64, 32, 3, 3), (128, 64, 1, 1), (256, 256, 3, 3)]
@@ -101,17 +81,17 @@ def test_the_promise_cold_and_warm(dtype: torch.dtype, scheme: str, share: float
         layers.append((matrix, max(1, int(share * kind.max_rank))))
     cold = dict(project([_job(m, r) for m, r in layers]))
     for index, (matrix, rank) in enumerate(layers):
-        _checked(matrix, rank, cold[index].nearest)
+        keeps_promise(matrix, rank, cold[index].nearest)
     moved = []
     for index, (_, rank) in enumerate(layers):
         nearest = cold[index].nearest
         assert nearest is not None
-        moved.append((_moved(nearest, 0.01), rank))
+        moved.append((trained_on(nearest, 0.01), rank))
     jobs = [_job(m, r, start=cold[i].start, polar=True) for i, (m, r) in enumerate(moved)]
     assert all(job.together for job in jobs if job.start is not None)
     for index, result in project(jobs):
         matrix, rank = moved[index]
-        _checked(matrix, rank, result.nearest)
+        keeps_promise(matrix, rank, result.nearest)
         u, s, vh = torch.linalg.svd(matrix.cpu().double(), full_matrices=False)
         kept = s[..., :rank].square().sum() / s.square().sum()
         assert result.energy == pytest.approx(float(kept), abs=1e-4)
@@ -137,9 +117,9 @@ def test_the_warm_path_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(engine, "Decomposition", refuse)
         jobs = [_job(w, r, start=s) for w, r, s in zip(weights, ranks, starts, strict=True)]
         for index, result in project(jobs):
-            _checked(weights[index], ranks[index], result.nearest)
+            keeps_promise(weights[index], ranks[index], result.nearest)
             assert result.nearest is not None
-            weights[index] = _moved(result.nearest, 0.02, seed=step)
+            weights[index] = trained_on(result.nearest, 0.02, seed=step)
             starts[index] = result.start
 
 
@@ -149,16 +129,16 @@ def test_large_and_mixed() -> None:
     for rank, matrix in zip((300, 6, 16), matrices, strict=True):
         first = _only(_job(matrix, rank))
         assert first.nearest is not None
-        moved = _moved(first.nearest, 1e-3)
+        moved = trained_on(first.nearest, 1e-3)
         second = _only(_job(moved, rank, start=first.start))
-        _checked(moved, rank, second.nearest)
+        keeps_promise(moved, rank, second.nearest)
 
 
 def test_tf32_does_not_reach_the_engine(restored: None) -> None:
     matrix = _weight(256, 1024)[None]
     first = _only(_job(matrix, 64))
     assert first.nearest is not None
-    moved = _moved(first.nearest, 0.01)
+    moved = trained_on(first.nearest, 0.01)
     expected = _only(_job(moved, 64, start=first.start, polar=True))
     for allow in (
         lambda: torch.set_float32_matmul_precision("high"),
@@ -169,9 +149,9 @@ def test_tf32_does_not_reach_the_engine(restored: None) -> None:
         allow()
         asked = torch.get_float32_matmul_precision()
         cold = _only(_job(matrix, 64))
-        _checked(matrix, 64, cold.nearest)
+        keeps_promise(matrix, 64, cold.nearest)
         warm = _only(_job(moved, 64, start=first.start, polar=True))
-        _checked(moved, 64, warm.nearest)
+        keeps_promise(moved, 64, warm.nearest)
         assert warm.nearest is not None
         assert torch.equal(warm.nearest, expected.nearest)
         assert torch.get_float32_matmul_precision() == asked
@@ -187,7 +167,7 @@ def test_rank_deficient_and_zero(size: int) -> None:
         start = None
         for _ in range(2):
             result = _only(_job(matrix, 6, start=start, polar=True))
-            _checked(matrix, 6, result.nearest)
+            keeps_promise(matrix, 6, result.nearest)
             assert result.energy == pytest.approx(1.0, abs=1e-6)
             assert result.polar is not None
             expected = Decomposition(matrix.cpu().double()).polar(3) if matrix is low else zero
@@ -200,14 +180,14 @@ def test_bad_starts() -> None:
     good = _only(_job(matrix, 12)).start
     assert good is not None
     for start in (torch.zeros_like(good), good * torch.nan, torch.randn_like(good), -good.flip(1)):
-        _checked(matrix, 12, _only(_job(matrix, 12, start=start)).nearest)
+        keeps_promise(matrix, 12, _only(_job(matrix, 12, start=start)).nearest)
 
 
 def test_the_same_bits_twice() -> None:
     matrices = [_weight(64, 576)[None], _weight(200, 128)[None]]
     cold = [_only(_job(m, 16, polar=True)) for m in matrices]
     jobs = [
-        _job(_moved(m, 0.01), 16, start=c.start, polar=True)
+        _job(trained_on(m, 0.01), 16, start=c.start, polar=True)
         for m, c in zip(matrices, cold, strict=True)
     ]
     one, other = dict(project(jobs)), dict(project(jobs))

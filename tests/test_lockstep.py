@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from promise import keeps_promise, trained_on
 from rankprune import engine, lockstep
 from rankprune.engine import Job, project
-from rankprune.linalg import RESIDUAL_PROMISE, Decomposition
+from rankprune.linalg import Decomposition
 from rankprune.lockstep import Outcome, Task, project_together
 from rankprune.schemes import MatrixShape
 from test_subspace import KINDS, STARTS
@@ -33,21 +34,6 @@ def _only(task: Task) -> Outcome | None:
     if not done:
         assert torch.equal(before, task.matrices)
     return done.get(0)
-
-
-def _checked(matrices: Tensor, rank: int, nearest: Tensor) -> None:
-    reference = matrices.double()
-    singular = torch.linalg.svdvals(reference)
-    optimum = singular[..., rank:].square().sum(-1).sqrt()
-    residual = torch.linalg.matrix_norm(reference - nearest.double())
-    norm = torch.linalg.matrix_norm(reference)
-    rounding = (4 * EPS + torch.finfo(matrices.dtype).eps) * norm
-    assert (residual <= RESIDUAL_PROMISE * optimum + rounding).all()
-
-
-def _moved(matrices: Tensor, share: float, seed: int = 0) -> Tensor:
-    noise = torch.randn(matrices.shape, generator=torch.Generator().manual_seed(seed))
-    return matrices + share * noise * matrices.norm() / noise.norm()
 
 
 @settings(max_examples=300)
@@ -79,7 +65,7 @@ def test_what_is_certified_keeps_the_promise(
     nearest = matrix.clone()
     found = _only(Task(nearest, given, True))
     if found is not None:
-        _checked(matrix, rank, nearest)
+        keeps_promise(matrix, rank, nearest)
         assert found.polar is not None
         assert torch.isfinite(found.polar).all()
         assert torch.isfinite(found.start).all()
@@ -94,7 +80,7 @@ def _tasks(share: float, polar: bool) -> tuple[list[Task], list[Tensor]]:
     for number, shape in enumerate(SHAPES):
         matrix = torch.randn(shape, generator=torch.Generator().manual_seed(number))
         rank = min(shape[1:]) // 4
-        moved = _moved(Decomposition(matrix).project(rank), share)
+        moved = trained_on(Decomposition(matrix).project(rank), share)
         start = Decomposition(matrix).start(rank)
         tasks.append(Task(moved, start, polar and number % 2 == 0))
     return tasks, [task.matrices.clone() for task in tasks]
@@ -112,7 +98,7 @@ def test_one_round_suffices_in_training(
     assert not hopeless
     for index, (task, original) in enumerate(zip(tasks, originals, strict=True)):
         found, rank, exact = done[index], task.rank, Decomposition(original.double())
-        _checked(original, rank, task.matrices)
+        keeps_promise(original, rank, task.matrices)
         kept = exact.values[..., :rank].square().sum() / exact.values.square().sum()
         assert found.energy == pytest.approx(float(kept), abs=1e-5)
         assert (found.polar is not None) == task.polar
@@ -216,7 +202,7 @@ def test_the_engine_falls_back(monkeypatch: pytest.MonkeyPatch, wave: int) -> No
     """What is not certified goes to the other engines, whatever is in its wave."""
     monkeypatch.setattr(engine, "CHUNK_BYTES", wave)
     monkeypatch.setattr(engine, "ENOUGH", 1)
-    steady = _moved(matrix_of(40, 60, 2, "gap", 6, 1e-3).float(), 1e-3)
+    steady = trained_on(matrix_of(40, 60, 2, "gap", 6, 1e-3).float(), 1e-3)
     flat = matrix_of(30, 50, 1, "flat").float()
     zero = torch.zeros(1, 20, 20)
     half = steady.to(torch.bfloat16)
@@ -234,13 +220,13 @@ def test_the_engine_falls_back(monkeypatch: pytest.MonkeyPatch, wave: int) -> No
         nearest = results[index].nearest
         assert nearest is not None
         assert nearest.dtype is job.dtype
-        _checked(job.load(), int(job.rank), nearest)  # type: ignore[arg-type]
+        keeps_promise(job.load(), int(job.rank), nearest)  # type: ignore[arg-type]
     assert results[4].nearest is None
 
 
 def test_a_worse_start_takes_more_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = matrix_of(100, 120, 1, "gap", 6, 0.1).float()
-    start = Decomposition(_moved(matrix, 1.5)).start(6)
+    start = Decomposition(trained_on(matrix, 1.5)).start(6)
     rounds: list[int] = []
     inner = lockstep._round
 
@@ -252,7 +238,7 @@ def test_a_worse_start_takes_more_rounds(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(engine, "Decomposition", None)
     ((_, result),) = project([_job(matrix, 6, start=start)])
     assert result.nearest is not None
-    _checked(matrix, 6, result.nearest)
+    keeps_promise(matrix, 6, result.nearest)
     assert 1 < len(rounds) <= lockstep.ROUNDS
 
 
@@ -271,7 +257,7 @@ def test_few_small_ones_are_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.clear()
         for index, result in project(jobs[:count]):
             assert result.nearest is not None
-            _checked(originals[index], tasks[index].rank, result.nearest)
+            keeps_promise(originals[index], tasks[index].rank, result.nearest)
         assert calls == expected
 
 

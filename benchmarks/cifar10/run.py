@@ -17,12 +17,13 @@ import json
 import os
 import shlex
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,16 @@ _worker: dict[str, Cifar] = {}
 
 
 def _prepare_worker(args: argparse.Namespace) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker["data"] = prepared(args)
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot tell its workers, whose rows nobody would write down."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _make_in_worker(row: Row) -> dict[str, Any]:

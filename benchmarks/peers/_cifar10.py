@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import _common
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(__file__).parent.parent / "cifar10"))
 from compressed import fingerprint, load, location, save
@@ -86,7 +86,7 @@ class Task:
             **about,
             "network": self.network,
             "flops_reduction": round(reduction, 4),
-            "params_reduction": round(params(dense) / params(loaded), 4),
+            "params_reduction": round(_common.params(dense) / _common.params(loaded), 4),
             "validation_accuracy": round(accuracy(loaded, self.validation), 2),
             "file": str(path),
         }
@@ -125,12 +125,4 @@ def task(peer: str, package: str, args: argparse.Namespace) -> Task:
 
 def flops(model: nn.Module) -> int:
     """FLOPs of one image."""
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model(torch.zeros(SHAPE))
-    return counter.get_total_flops()
-
-
-def params(model: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(p.numel() for p in model.parameters())
+    return _common.flops(model, SHAPE)

@@ -63,11 +63,11 @@ def build(name: str) -> nn.Module:
     return torchvision.models.get_model(name, weights=None).eval()
 
 
-def flops(model: nn.Module) -> int:
+def flops(model: nn.Module, shape: tuple[int, ...] = SHAPE) -> int:
     """FLOPs of one image."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model(torch.zeros(SHAPE))
+        model(torch.zeros(shape))
     return counter.get_total_flops()
 
 
