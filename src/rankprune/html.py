@@ -1,30 +1,39 @@
 """The report as one HTML file: no script, no network, nothing but the page itself.
 
-Figures become texts and positions here; `report.html.jinja` says where they stand. Names come from
-models and folders, so that nobody vouches for them: the template escapes all that it is given.
+Figures become texts here, drawings come from `charts`, and `report.html.jinja` says where they
+stand. Names come from models and folders, so that nobody vouches for them: the template escapes all
+that it is given.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
+from rankprune.charts import (
+    conditions,
+    draw_latency,
+    draw_layers,
+    draw_spectrum,
+    draw_trade_off,
+    kept_energy,
+)
 from rankprune.errors import ConfigError
 from rankprune.report import Cost, LatencyReport, LayerReport, Report
-from rankprune.tables import format_change, format_count, format_ms
+from rankprune.tables import (
+    UNKNOWN,
+    format_change,
+    format_count,
+    format_factor,
+    format_known,
+    format_ms,
+    format_percent,
+    format_short,
+    known,
+)
 
 _TEMPLATE = "report.html.jinja"
-_NONE = "–"
-_MAX_POINTS = 64  # of a spectrum
-_MAX_DECADES = 6
-_MAX_LABEL = 24  # characters of a name inside a drawing
-
-# A point's label by direction: its anchor and its offset.
-_SIDES = (("start", 11, 5), ("end", -11, 5), ("middle", 0, -16), ("middle", 0, 26))
-_LABEL_WIDTH, _LABEL_HEIGHT = 10, 20  # of a character, on a phone, where they are largest
 
 
 def to_html(reports: Sequence[tuple[str, Report]]) -> str:
@@ -69,32 +78,10 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "replace").decode()
 
 
-def _known(value: float | None) -> float | None:
-    """A report made by hand may hold NaN, which has no place in a drawing."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _text(value: float | None, format: Callable[[float], str]) -> str:
-    value = _known(value)
-    return _NONE if value is None else format(value)
-
-
-def _percent(value: float) -> str:
-    return f"{value:.2%}" if abs(value) < 100 else f"{value:.3g}"
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}"
-
-
-def _factor(value: float) -> str:
-    return f"{value:.2f}×" if abs(value) < 1e6 else f"{value:.3g}×"
-
-
 def _points(before: float | None, after: float | None) -> str:
     """A difference of accuracies."""
-    if _known(before) is None or _known(after) is None:
-        return _NONE
+    if known(before) is None or known(after) is None:
+        return UNKNOWN
     assert before is not None
     assert after is not None
     points = round(100 * (after - before), 2)
@@ -106,10 +93,9 @@ def _fewer(dense: int, compact: int, less: str = "fewer", more: str = "more") ->
     if dense == compact:
         return "as many" if less == "fewer" else "as large"
     if not dense or not compact:
-        return _NONE
-    return (
-        f"{_factor(max(dense, compact) / min(dense, compact))} {less if dense > compact else more}"
-    )
+        return UNKNOWN
+    factor = format_factor(max(dense, compact) / min(dense, compact))
+    return f"{factor} {less if dense > compact else more}"
 
 
 def _lead(report: Report) -> str:
@@ -118,26 +104,17 @@ def _lead(report: Report) -> str:
         _fewer(report.dense.flops, report.compact.flops) + " FLOPs",
         _fewer(report.dense.params, report.compact.params) + " parameters",
     ]
-    if _known(report.compact.accuracy) is not None:
+    if known(report.compact.accuracy) is not None:
         before = "" if report.dense.accuracy is None else _accuracy(report.dense) + " → "
         parts.append(f"accuracy {before}{_accuracy(report.compact)}")
     if report.latency:
         entry = max(report.latency, key=lambda entry: entry.speedup)
-        parts.append(f"{_factor(entry.speedup)} as fast in {entry.backend}")
+        parts.append(f"{format_factor(entry.speedup)} as fast in {entry.backend}")
     return ", ".join(parts)
 
 
 def _accuracy(cost: Cost) -> str:
-    return _text(cost.accuracy, _percent)
-
-
-def _clipped(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _where(entry: LatencyReport) -> str:
-    threads = "1 thread" if entry.threads == 1 else f"{entry.threads} threads"
-    return f"{entry.backend}, batch {entry.batch}, {threads}"
+    return format_known(cost.accuracy, format_percent)
 
 
 # -- a run ---------------------------------------------------------------------------------------
@@ -146,19 +123,19 @@ def _where(entry: LatencyReport) -> str:
 def _run(name: str, report: Report) -> dict[str, Any]:
     factorized = [layer for layer in report.layers if layer.scheme is not None]
     predicted = any(layer.latency_ms is not None for layer in report.layers)
-    spectra = [(layer, _spectrum(layer)) for layer in factorized]
+    spectra = [(layer, draw_spectrum(layer)) for layer in factorized]
     return {
         "name": name,
         "lead": _lead(report),
         "totals": _totals(report),
-        "difference": _text(report.max_logit_error, _short),
+        "difference": format_known(report.max_logit_error, format_short),
         "predicted": predicted,
         "layers": [_layer_row(layer, predicted) for layer in report.layers],
         "factorized": len(factorized),
-        "chart": _layer_chart(factorized),
+        "chart": draw_layers(factorized),
         "spectra": [(layer.name, spectrum) for layer, spectrum in spectra if spectrum],
         "latency": [_latency_row(entry) for entry in report.latency],
-        "times": _latency_chart(report.latency),
+        "times": draw_latency(report.latency),
         "environment": [f"{key} {str(value)[:200]}" for key, value in report.environment.items()],
     }
 
@@ -187,10 +164,12 @@ def _totals(report: Report) -> list[tuple[str, str, str, str]]:
     ):
         if before is not None or (label == "Accuracy" and compact.accuracy is not None):
             change = _points(before, compact.accuracy)
-            rows.append((label, _text(before, _percent), _accuracy(compact), change))
+            rows.append((label, format_known(before, format_percent), _accuracy(compact), change))
     for entry in report.latency:
         times = format_ms(entry.dense_ms), format_ms(entry.compact_ms)
-        rows.append((f"Latency: {_where(entry)}", *times, _factor(entry.speedup) + " as fast"))
+        rows.append(
+            (f"Latency: {conditions(entry)}", *times, format_factor(entry.speedup) + " as fast")
+        )
     return rows
 
 
@@ -198,16 +177,18 @@ def _layer_row(layer: LayerReport, predicted: bool) -> dict[str, Any]:
     cells = [
         layer.type,
         layer.scheme or "dense",
-        layer.matrix or _NONE,
-        _NONE if layer.rank is None else str(layer.rank),
-        _text(layer.energy, lambda value: f"{value:.4f}" if abs(value) < 100 else _short(value)),
-        _text(layer.error, lambda value: f"{value:.2g}"),
+        layer.matrix or UNKNOWN,
+        UNKNOWN if layer.rank is None else str(layer.rank),
+        format_known(
+            layer.energy, lambda value: f"{value:.4f}" if abs(value) < 100 else format_short(value)
+        ),
+        format_known(layer.error, lambda value: f"{value:.2g}"),
         format_change(layer.dense_params, layer.params),
         format_change(layer.dense_flops, layer.flops),
     ]
     if predicted:
         before, after = (
-            _text(value, format_ms) for value in (layer.dense_latency_ms, layer.latency_ms)
+            format_known(value, format_ms) for value in (layer.dense_latency_ms, layer.latency_ms)
         )
         cells.append(before if before == after else f"{before.removesuffix(' ms')} → {after}")
     return {
@@ -224,162 +205,13 @@ def _latency_row(entry: LatencyReport) -> tuple[str, list[str]]:
         str(entry.threads),
         format_ms(entry.dense_ms),
         format_ms(entry.compact_ms),
-        _text(entry.predicted_ms, format_ms),
-        _factor(entry.speedup),
-        f"{entry.realised:.0%}" if abs(entry.realised) < 100 else _factor(entry.realised),
+        format_known(entry.predicted_ms, format_ms),
+        format_factor(entry.speedup),
+        f"{entry.realised:.0%}" if abs(entry.realised) < 100 else format_factor(entry.realised),
     ]
-
-
-# -- drawings ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """Values to positions; what lies outside is drawn at the edge."""
-
-    low: float
-    high: float
-    start: float
-    stop: float
-
-    def __call__(self, value: float) -> float:
-        span = self.high - self.low
-        share = min(max((value - self.low) / span, 0.0), 1.0) if span > 0 else 0.5
-        return round(self.start + share * (self.stop - self.start), 1)
-
-
-def _spectrum(layer: LayerReport) -> dict[str, Any] | None:
-    """Singular values over their index, logarithmic, and where they are cut; 320×150."""
-    values = [value if _known(value) else 0.0 for value in layer.singular_values]
-    peak, rank = max(values, default=0.0), layer.rank
-    if peak <= 0 or rank is None:
-        return None
-    count = len(values)
-    rank = min(rank, count)
-    heights = [
-        max(math.log10(value / peak), -_MAX_DECADES) if value / peak > 0 else -_MAX_DECADES
-        for value in values
-    ]
-    decades = min(max(math.ceil(-min(heights)), 1), _MAX_DECADES)
-    x, y = _Axis(1, max(count, 2), 40, 308), _Axis(-decades, 0, 128, 12)
-
-    def line(indices: Iterable[int]) -> str:
-        return " ".join(f"{x(index + 1)},{y(heights[index])}" for index in indices)
-
-    shown = _thinned(count, rank)
-    energy = _text(layer.energy, lambda value: f"{value:.4f}")
-    cut = x(min(rank + 0.5, count))
-    return {
-        "label": f"Singular values of {layer.name}, relative to the largest, from 1 down to "
-        f"{min(values) / peak:.2g}; the cut at rank {rank} of {count} keeps {energy} of the energy",
-        "summary": f"rank {rank} of {count}",
-        "kept": line(index for index in shown if index < rank),
-        "rest": line(index for index in shown if index >= rank - 1),
-        "cut": cut,
-        "cut_label": f"rank {rank}",
-        "cut_anchor": "start" if cut < 200 else "end",
-        "cut_text": cut + 5 if cut < 200 else cut - 5,
-        "x_ticks": [(x(1), "1")] + ([(x(count), str(count))] if count > 1 else []),
-        "y_ticks": [(y(-decade), _power(-decade)) for decade in range(decades + 1)],
-    }
-
-
-def _thinned(count: int, rank: int) -> list[int]:
-    """At most 64 of the indices, evenly, and both sides of the cut among them."""
-    if count <= _MAX_POINTS:
-        return list(range(count))
-    even = _MAX_POINTS - 2
-    chosen = {round(n * (count - 1) / (even - 1)) for n in range(even)}
-    return sorted(chosen | {rank - 1, min(rank, count - 1)})
-
-
-def _power(exponent: int) -> str:
-    if exponent > -3:
-        return f"{10.0**exponent:g}"
-    return "10⁻" + "⁰¹²³⁴⁵⁶⁷⁸⁹"[-exponent]
-
-
-def _layer_chart(layers: Sequence[LayerReport]) -> dict[str, Any] | None:
-    """Energy kept as bars, the weight's error as dots, layer by layer; 560×200."""
-    if not any(_known(layer.energy) is not None for layer in layers):
-        return None
-    y, slot = _Axis(0, 1, 186, 14), (552 - 56) / len(layers)
-    bars = []
-    for index, layer in enumerate(layers):
-        energy, error = _known(layer.energy), _known(layer.error)
-        middle = 56 + (index + 0.5) * slot
-        bars.append(
-            {
-                "label": f"{layer.name}: energy kept {_text(energy, _short)}, weight error "
-                f"{_text(error, lambda value: f'{value:.2g}')}",
-                "x": round(middle - 0.36 * slot, 2),
-                "middle": round(middle, 2),
-                "top": None if energy is None else y(energy),
-                "dot": None if error is None else y(error),
-            }
-        )
-    energies = [energy for layer in layers if (energy := _known(layer.energy)) is not None]
-    errors = [error for layer in layers if (error := _known(layer.error)) is not None]
-    label = (
-        f"Energy kept by the {len(layers)} factorised layers, from {_short(min(energies))} to "
-        f"{_short(max(energies))}"
-    )
-    if errors:
-        label += f", and their weights' relative error, from {min(errors):.2g} to {max(errors):.2g}"
-    return {
-        "label": label,
-        "bars": bars,
-        "width": round(0.72 * slot, 2),
-        "radius": round(min(4.0, 0.42 * slot), 2),
-        "errors": bool(errors),
-        "first": layers[0].name,
-        "last": layers[-1].name,
-        "base": y(0),
-        "y_ticks": [(y(value), f"{value:g}") for value in (0, 0.5, 1)],
-    }
-
-
-def _latency_chart(entries: Sequence[LatencyReport]) -> dict[str, Any] | None:
-    """Dense, compact and predicted time as bars, for every backend; 560 wide."""
-    groups, top = [], 0
-    for entry in entries:
-        times = {
-            "dense": _known(entry.dense_ms),
-            "compact": _known(entry.compact_ms),
-            "predicted": _known(entry.predicted_ms),
-        }
-        # each backend has its own scale: one at batch 1 would be nothing beside one at batch 256
-        x = _Axis(0, max(value or 0.0 for value in times.values()), 0, 380)
-        group: dict[str, Any] = {"name": _clipped(_where(entry), 52), "top": top + 19, "bars": []}
-        top += 28
-        for kind, value in times.items():
-            if value is not None:
-                text = f"{kind} {format_ms(value)}"
-                group["bars"].append({"kind": kind, "y": top, "width": x(value), "text": text})
-                top += 24
-        top += 12
-        groups.append(group)
-    if not groups:
-        return None
-    shown = "; ".join(
-        f"{group['name']}: " + ", ".join(bar["text"] for bar in group["bars"]) for group in groups
-    )
-    return {"label": f"Latency. {shown[:2000]}", "height": top - 12, "groups": groups}
 
 
 # -- several runs --------------------------------------------------------------------------------
-
-
-def _kept_energy(report: Report) -> float | None:
-    """Mean energy that the weights keep, by parameters; a dense layer keeps all."""
-    total = sum(layer.dense_params for layer in report.layers)
-    energies = [1.0 if layer.scheme is None else _known(layer.energy) for layer in report.layers]
-    if not total or None in energies or all(layer.scheme is None for layer in report.layers):
-        return None
-    return sum(
-        (energy or 0.0) * layer.dense_params
-        for energy, layer in zip(energies, report.layers, strict=True)
-    ) / float(total)
 
 
 def _comparison(runs: Sequence[dict[str, Any]], reports: Sequence[Report]) -> dict[str, Any]:
@@ -391,15 +223,15 @@ def _comparison(runs: Sequence[dict[str, Any]], reports: Sequence[Report]) -> di
             (
                 run["name"],
                 [
-                    _percent(compact.flops / dense.flops) if dense.flops else _NONE,
-                    _percent(compact.params / dense.params) if dense.params else _NONE,
+                    format_percent(compact.flops / dense.flops) if dense.flops else UNKNOWN,
+                    format_percent(compact.params / dense.params) if dense.params else UNKNOWN,
                     format_count(compact.bytes) + "B",
                     _accuracy(dense),
                     _accuracy(compact),
                     _points(dense.accuracy, compact.accuracy),
-                    _text(fastest, _factor),
-                    _text(_kept_energy(report), lambda value: f"{value:.4f}"),
-                    _text(report.max_logit_error, _short),
+                    format_known(fastest, format_factor),
+                    format_known(kept_energy(report), lambda value: f"{value:.4f}"),
+                    format_known(report.max_logit_error, format_short),
                 ],
             )
         )
@@ -414,117 +246,9 @@ def _comparison(runs: Sequence[dict[str, Any]], reports: Sequence[Report]) -> di
         "Energy kept",
         "Output difference",
     )
-    used = [n for n in range(len(columns)) if any(cells[n] != _NONE for _, cells in rows)]
+    used = [n for n in range(len(columns)) if any(cells[n] != UNKNOWN for _, cells in rows)]
     return {
         "columns": [columns[n] for n in used],
         "rows": [(name, [cells[n] for n in used]) for name, cells in rows],
-        "chart": _trade_off([run["name"] for run in runs], reports),
+        "chart": draw_trade_off([run["name"] for run in runs], reports),
     }
-
-
-def _trade_off(names: Sequence[str], reports: Sequence[Report]) -> dict[str, Any] | None:
-    """The first measure that all runs have, or else any, over the share of FLOPs; 560×320."""
-    measures: tuple[tuple[str, Callable[[Report], float | None], bool], ...] = (
-        ("accuracy", lambda report: _known(report.compact.accuracy), True),
-        ("energy kept", _kept_energy, True),
-        ("output difference", lambda report: _known(report.max_logit_error), False),
-    )
-    found = [[measure(report) for report in reports] for _, measure, _ in measures]
-    complete = [n for n, values in enumerate(found) if None not in values]
-    partial = [n for n, values in enumerate(found) if any(v is not None for v in values)]
-    if not partial:
-        return None
-    chosen = (complete or partial)[0]
-    measure, _, more_is_better = measures[chosen]
-    points = [
-        (name, report.compact.flops / report.dense.flops, value)
-        for name, report, value in zip(names, reports, found[chosen], strict=True)
-        if value is not None and report.dense.flops
-    ]
-    if not points:
-        return None
-    references: list[float] = []
-    if measure == "accuracy":
-        references = sorted(
-            {value for report in reports if (value := _known(report.dense.accuracy)) is not None}
-        )
-    low, high = _range([value for _, _, value in points] + references)
-    x = _Axis(0, max(1.0, *(share for _, share, _ in points)), 70, 530)
-    y = _Axis(low, high, 284, 14)
-    spots = [(x(share), y(value)) for _, share, value in points]
-    labels = _labels([_clipped(name, _MAX_LABEL) for name, _, _ in points], spots)
-    best = _frontier([(share, value if more_is_better else -value) for _, share, value in points])
-    form = _short if measure == "output difference" else _percent
-    texts = [f"{name}: {form(value)} at {_percent(share)}" for name, share, value in points]
-    return {
-        "measure": measure,
-        "label": f"{measure.capitalize()} against the share of FLOPs left. "
-        + "; ".join(texts)[:2000],
-        "points": [
-            {"text": text, "spot": spot, "label": label}
-            for text, spot, label in zip(texts, spots, labels, strict=True)
-        ],
-        "frontier": " ".join(f"{spots[n][0]},{spots[n][1]}" for n in best),
-        "references": [(x(1), y(value)) for value in references],
-        "missing": [name for name, v in zip(names, found[chosen], strict=True) if v is None],
-        "x_ticks": [(x(n / 5), f"{20 * n}%") for n in range(6)],
-        "y_ticks": [(y(value), text) for value, text in _ticks(low, high, form is _percent)],
-    }
-
-
-def _range(values: Sequence[float]) -> tuple[float, float]:
-    """What an axis spans: the values and a little air."""
-    low, high = min(values), max(values)
-    air = 0.15 * (high - low) or 0.05 * abs(high) or 0.05
-    return low - air, high + air
-
-
-def _ticks(low: float, high: float, percent: bool) -> list[tuple[float, str]]:
-    """Round values between two others, four to nine of them."""
-    step = 10.0 ** math.floor(math.log10((high - low) / 2))
-    step *= next((n for n in (0.5, 1, 2) if (high - low) / (n * step) <= 8), 5)
-    digits = max(0, math.ceil(-math.log10(100 * step) - 1e-9))
-    values = (n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1))
-    if percent and abs(high) < 100 and digits < 6:
-        return [(value, f"{value:.{digits}%}") for value in values]
-    return [(value, _short(value)) for value in values]
-
-
-def _frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other beats at both, from left to right."""
-    best, chosen = -math.inf, []
-    for n in sorted(range(len(points)), key=lambda n: (points[n][0], -points[n][1])):
-        if points[n][1] > best:
-            best = points[n][1]
-            chosen.append(n)
-    return chosen
-
-
-def _labels(
-    names: Sequence[str], spots: Sequence[tuple[float, float]]
-) -> list[tuple[str, float, float, str]]:
-    """Text, position and anchor for every point, beside it where nothing is in the way."""
-    taken = [(left - 7, top - 7, left + 7, top + 7) for left, top in spots]
-    labels = []
-    for name, (x, y) in zip(names, spots, strict=True):
-        width = _LABEL_WIDTH * len(name)
-        for anchor, right, down in _SIDES:
-            left = x + right - {"start": 0, "middle": width / 2, "end": width}[anchor]
-            bottom = y + down
-            box = (left, bottom - _LABEL_HEIGHT + 4, left + width, bottom + 4)
-            inside = box[0] >= 60 and box[2] <= 560 and box[1] >= 0 and box[3] <= 300
-            if inside and not any(_overlap(box, other) for other in taken):
-                break
-        else:
-            # no place is free: on the side where it at least stays in the picture
-            anchor, right, down = _SIDES[0] if x < 300 else _SIDES[1]
-            box = (x, y, x, y)
-        taken.append(box)
-        labels.append((name, round(x + right, 1), round(y + down, 1), anchor))
-    return labels
-
-
-def _overlap(
-    one: tuple[float, float, float, float], other: tuple[float, float, float, float]
-) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 from rankprune.schemes import MatrixShape
+
+# Stands for a figure that is not known.
+UNKNOWN = "–"
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
@@ -70,3 +74,33 @@ def format_times(dense: float | None, compact: float | None) -> str:
         return format_ms(dense)
     factor = f" ({dense / compact:.2f}×)" if compact else ""
     return f"{format_ms(dense)} → {format_ms(compact)}{factor}"
+
+
+def known(value: float | None) -> float | None:
+    """A figure, or None for one that is not finite, as a report made by hand may hold."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def format_known(value: float | None, form: Callable[[float], str]) -> str:
+    """A figure that may be missing.
+
+    >>> format_known(0.5, format_percent), format_known(None, format_percent)
+    ('50.00%', '–')
+    """
+    value = known(value)
+    return UNKNOWN if value is None else form(value)
+
+
+def format_percent(value: float) -> str:
+    """A share: 0.5 is 50 %."""
+    return f"{value:.2%}" if abs(value) < 100 else f"{value:.3g}"
+
+
+def format_short(value: float) -> str:
+    """Three digits."""
+    return f"{value:.3g}"
+
+
+def format_factor(value: float) -> str:
+    """How many times as much."""
+    return f"{value:.2f}×" if abs(value) < 1e6 else f"{value:.3g}×"
