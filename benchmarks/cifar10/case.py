@@ -13,7 +13,8 @@ from loop import Loss, Training, calibration, labels_only, train
 from torch import Tensor, nn
 
 import rankprune as rp
-from rankprune.recipes.teacher import Teacher
+from rankprune.recipes.config import SOFT
+from rankprune.recipes.teacher import TEMPERATURE, Teacher
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,11 @@ class Case:
         """A copy of the dense network."""
         return copy.deepcopy(self.trained)
 
-    def taught(self, match: float = 0.0) -> Loss:
+    def taught(
+        self, match: float = 0.0, answers: float = SOFT, temperature: float = TEMPERATURE
+    ) -> Loss:
         """Learning from the dense network's answers, and from its blocks' outputs."""
-        teacher = Teacher(self.dense(), match=match)
+        teacher = Teacher(self.dense(), soft=answers, match=match, temperature=temperature)
         return lambda model, images, labels: teacher(model, images, labels)[0]
 
     def plan(self, scheme: str, stats: rp.Stats | None = None) -> rp.Plan:

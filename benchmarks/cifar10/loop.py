@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from images import Cifar
@@ -68,6 +69,7 @@ def train(
     span: tuple[float, float] = (0.0, 1.0),
     loss: Loss = labels_only,
     attach: Callable[[torch.optim.Optimizer, int], None] | None = None,
+    decay_products: bool = False,
 ) -> None:
     """Train in place, in fresh momentum, over a part of the schedule.
 
@@ -78,14 +80,24 @@ def train(
         span: from which share of the run to which; a method of two phases calls twice.
         loss: what is minimised.
         attach: called with the optimizer and the number of steps of the span, before the first.
+        decay_products: weight decay of the factors' product instead of the factors (Frobenius
+            decay; Khodak et al. 2021, arXiv 2105.01029).
     """
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     total = training.steps(data)
     each = total // training.epochs
     first, last = (round(share * total) for share in span)
     device = data.train.labels.device
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if decay_products:
+        factors = {weight for x in low_rank_layers(model).values() for weight in _factors(x)}
+        groups = [
+            {"params": [w for w in model.parameters() if w not in factors]},
+            {"params": list(factors), "weight_decay": 0.0},
+        ]
+        loss = _with_decay(loss, training.weight_decay)
     optimizer = torch.optim.SGD(
-        model.parameters(),
+        groups,
         training.lr,
         0.9,
         weight_decay=training.weight_decay,
@@ -137,6 +149,21 @@ def _pass(model: nn.Module, loss: Loss, training: Training, images: Tensor, labe
         return value.detach()
 
     return _captured(compute, model, images, labels) if images.is_cuda else compute
+
+
+def _factors(layer: LowRank) -> list[nn.Parameter]:
+    return [factor.weight for factor in (layer[0], layer[1])]  # type: ignore[misc]
+
+
+def _with_decay(loss: Loss, weight_decay: float) -> Loss:
+    """And the energy of the factors' products, as SGD's weight decay counts that of weights."""
+
+    def both(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            energies = [x.product().square().sum() for x in low_rank_layers(model).values()]
+        return loss(model, images, labels) + 0.5 * weight_decay * torch.stack(energies).sum()
+
+    return both
 
 
 def _captured(compute: Pass, model: nn.Module, images: Tensor, labels: Tensor) -> Pass:

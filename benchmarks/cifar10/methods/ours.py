@@ -8,7 +8,8 @@ from case import Case, Method, Result, train_low_rank
 from loop import labels_only, train
 
 import rankprune as rp
-from rankprune.recipes.config import TrainConfig
+from rankprune.recipes.config import SOFT, TrainConfig
+from rankprune.recipes.teacher import TEMPERATURE
 
 DEFAULT = TrainConfig.model_fields
 
@@ -26,6 +27,9 @@ def ours(
     match: float = DEFAULT["match"].default,
     plan: Callable[[Case], rp.Plan] | None = None,
     after_attach: Callable[[rp.Controller], None] | None = None,
+    answers: float = SOFT,
+    temperature: float = TEMPERATURE,
+    decay_products: bool = False,
 ) -> Result:
     """The budget comes down from the dense network's over the first part of the run.
 
@@ -41,8 +45,11 @@ def ours(
         match: weight of its blocks' outputs.
         plan: fixed ranks to come down to, instead of a budget that is spent anew on the way.
         after_attach: gets the controller.
+        answers: weight of the dense network's answers beside the labels'.
+        temperature: of those answers.
+        decay_products: weight decay of the factors' products at the end, not of the factors.
     """
-    loss = case.taught(match) if soft else labels_only
+    loss = case.taught(match, answers, temperature) if soft else labels_only
     fixed = None if plan is None else plan(case)
 
     def options(steps: int) -> rp.TRP:
@@ -62,7 +69,14 @@ def ours(
     compact = rp.factorize(model, reached)
     if not tail:
         return Result(compact, model)
-    train(compact, case.data, case.training, span=(1 - tail, 1.0), loss=loss)
+    train(
+        compact,
+        case.data,
+        case.training,
+        span=(1 - tail, 1.0),
+        loss=loss,
+        decay_products=decay_products,
+    )
     return Result(compact, rp.defactorize(compact))
 
 

@@ -15,6 +15,8 @@ from rankprune.recipes.config import MATCH, SOFT
 from rankprune.recipes.distill import match_logits
 from rankprune.survey import survey
 
+TEMPERATURE = 4.0
+
 
 class Teacher:
     """Makes the loss of a student that has the dense network's blocks, factorised or projected.
@@ -44,7 +46,7 @@ class Teacher:
         *,
         soft: float = SOFT,
         match: float = MATCH,
-        temperature: float = 4.0,
+        temperature: float = TEMPERATURE,
     ) -> None:
         self.model = model.eval()
         self.soft, self.match, self.temperature = soft, match, temperature
