@@ -288,6 +288,8 @@ PAGES = {
     "cifar10.md": {
         "resnet20": cifar10("resnet20"),
         "resnet20 untrained": cifar10("resnet20", trained=False),
+        "resnet56": cifar10("resnet56"),
+        "vgg": cifar10("vgg"),
         "ablations": ablations("resnet20"),
     },
     "projection.md": {
