@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/cifar10/plot.py
 
-writes docs/images/cifar10-MODEL.svg for every model in results.json.
+writes docs/images/cifar10-MODEL.svg for every model in results.json that has several targets.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def main() -> None:
     for model in sorted({model for model, _ in groups}):
         # of what was trained alike, where most methods were
         rows = max((rows for key, rows in groups.items() if key[0] == model), key=_variety)
-        if _variety(rows) > 1:
+        targets = {row["target"] for row in rows} - {None}
+        if _variety(rows) > 1 and len(targets) > 1:
             plot(model, rows, IMAGES / f"cifar10-{model}.svg")
 
 
