@@ -72,8 +72,14 @@ def test_cifar10_methods(tmp_path: Path) -> None:
             for index in range(count):
                 pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8)
                 Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
-    methods = ["ours", "ours-decay-products", "svd-matched-spatial", "nuclear-only-spatial"]
-    methods.append("trp-authors-channel")
+    methods = [
+        "ours",
+        "ours-labels-only",
+        "ours-decay-products",
+        "svd-matched-spatial",
+        "nuclear-only-spatial",
+        "trp-authors-channel",
+    ]
     script = str(BENCHMARKS / "cifar10" / "run.py")
     options = ["--data", str(tmp_path), "--epochs", "2", "--batch", "8", "--validate"]
     options += ["--results", str(tmp_path / "rows.json")]

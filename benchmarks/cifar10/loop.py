@@ -90,7 +90,8 @@ def train(
     device = data.train.labels.device
     groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
     if decay_products:
-        factors = {weight for x in low_rank_layers(model).values() for weight in _factors(x)}
+        layers = low_rank_layers(model).values()
+        factors = dict.fromkeys(weight for layer in layers for weight in _factors(layer))
         groups = [
             {"params": [w for w in model.parameters() if w not in factors]},
             {"params": list(factors), "weight_decay": 0.0},

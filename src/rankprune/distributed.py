@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -185,7 +185,7 @@ def _room(job: Job, *, in_place: bool = False) -> Tensor:
     return torch.empty(shape, dtype=job.dtype, device=job.device)
 
 
-def _fail(job: Job, owner: int, result: Projected | Exception | None) -> None:
+def _fail(job: Job, owner: int, result: Projected | Exception | None) -> NoReturn:
     if isinstance(result, Exception):
         raise result
     shape = (job.shape.batch, job.shape.rows, job.shape.cols)

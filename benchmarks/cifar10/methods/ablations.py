@@ -59,7 +59,7 @@ METHODS: dict[str, Method] = {
     "ours-every-20": partial(ours, every=20),
     "ours-nuclear": partial(ours, nuclear=3e-4),
     "ours-nuclear-proximal": partial(ours, nuclear=3e-4, nuclear_mode="decoupled"),
-    "ours-labels-only": partial(ours, soft=False),
+    "ours-labels-only": partial(ours, answers=0.0, match=0.0),
     "ours-answers-only": partial(ours, match=0.0),
     "ours-answers-0.5": partial(ours, answers=0.5),
     "ours-answers-1": partial(ours, answers=1.0),

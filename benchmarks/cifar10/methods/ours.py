@@ -23,7 +23,6 @@ def ours(
     every: int = DEFAULT["every"].default,
     nuclear: float = DEFAULT["nuclear"].default,
     nuclear_mode: str = DEFAULT["nuclear_mode"].default,
-    soft: bool = True,
     match: float = DEFAULT["match"].default,
     plan: Callable[[Case], rp.Plan] | None = None,
     after_attach: Callable[[rp.Controller], None] | None = None,
@@ -41,15 +40,15 @@ def ours(
         every: period of the projections before.
         nuclear: weight of the nuclear norm before.
         nuclear_mode: as in `TRP`.
-        soft: learn from the dense network's answers.
         match: weight of its blocks' outputs.
         plan: fixed ranks to come down to, instead of a budget that is spent anew on the way.
         after_attach: gets the controller.
-        answers: weight of the dense network's answers beside the labels'.
+        answers: weight of the dense network's answers beside the labels'; without them and `match`
+            there is no teacher.
         temperature: of those answers.
         decay_products: weight decay of the factors' products at the end, not of the factors.
     """
-    loss = case.taught(match, answers, temperature) if soft else labels_only
+    loss = case.taught(match, answers, temperature) if answers or match else labels_only
     fixed = None if plan is None else plan(case)
 
     def options(steps: int) -> rp.TRP:
