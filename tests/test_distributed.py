@@ -27,6 +27,7 @@ from rankprune import (
     engine,
     factorize,
     make_plan,
+    targets,
     training,
 )
 from rankprune.distributed import Team
@@ -386,7 +387,7 @@ def _most_at_once(_: int, when: str) -> list[int]:
     options = TRP(rank=FixedRank(4), every=1, nuclear=0.1, nuclear_when=when)
     held: list[weakref.ref[Tensor]] = []
     counts: list[int] = []
-    matrices = training._Target.matrices
+    matrices = targets.Target.matrices
 
     def counted(target: Any) -> Tensor:
         counts.append(sum(ref() is not None for ref in held))
@@ -394,7 +395,7 @@ def _most_at_once(_: int, when: str) -> list[int]:
         held.append(weakref.ref(found))
         return found
 
-    training._Target.matrices = counted  # type: ignore[method-assign]
+    targets.Target.matrices = counted  # type: ignore[method-assign]
     attach(model, optimizer, options)
     model(torch.randn(4, 32)).sum().backward()
     optimizer.step()

@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from rankprune.latency import LatencyTable
     from rankprune.layers import LayerSpec
     from rankprune.options import TRP
+    from rankprune.overrides import LayerConfig
     from rankprune.plan import LayerPlan, Plan
-    from rankprune.planner import LayerConfig, make_plan
+    from rankprune.planner import make_plan
     from rankprune.profile import Profile, count_bytes, count_params, profile
     from rankprune.ranks import (
         EVBMF,
@@ -128,8 +129,9 @@ _MODULES = {
     "latency": "LatencyTable",
     "layers": "LayerSpec",
     "options": "TRP",
+    "overrides": "LayerConfig",
     "plan": "LayerPlan Plan",
-    "planner": "LayerConfig make_plan",
+    "planner": "make_plan",
     "profile": "Profile count_bytes count_params profile",
     "ranks": "EVBMF Energy FixedRank RankRule Ratio Spectrum StableRank Threshold",
     "report": "Report report",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from rankprune.budget import Budget
 from rankprune.errors import ConfigError
 from rankprune.latency import LatencyTable
+from rankprune.overrides import Override
 from rankprune.plan import Plan
-from rankprune.planner import Override
 from rankprune.ranks import RankRule
 from rankprune.runtimes import Runtime
 

@@ -8,21 +8,21 @@ than the dense layer are dropped too, and a budget is proven by measuring the ne
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from rankprune.budget import Budget, Option, is_faster, spend, spend_time
 from rankprune.calibrate import Stats, check_stats
-from rankprune.errors import ConfigError, near
+from rankprune.errors import ConfigError
 from rankprune.latency import Clock, LatencyTable, Request
+from rankprune.overrides import ExactRank, Override, Settings, resolve
 from rankprune.plan import LayerPlan, Plan
 from rankprune.profile import ExampleInputs, count_params, profile
-from rankprune.ranks import FixedRank, RankRule
+from rankprune.ranks import RankRule
 from rankprune.runtimes import Runtime
 from rankprune.schemes import SCHEMES, Scheme, applicable, get_scheme
 from rankprune.survey import Site, survey
@@ -31,45 +31,6 @@ from rankprune.survey import Site, survey
 _GRID = 64
 # why `realise` leaves a layer dense
 UNCHOSEN = "not chosen"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerConfig:
-    """Settings for the layers that a pattern matches.
-
-    Attributes:
-        rank: an exact rank or a rule; None takes the plan's own rule or budget.
-        scheme: a scheme's name or "auto"; None takes the plan's own.
-    """
-
-    rank: int | RankRule | None = None
-    scheme: str | None = None
-
-    def __post_init__(self) -> None:
-        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank >= 1
-        if not (self.rank is None or isinstance(self.rank, RankRule) or whole):
-            raise ConfigError(
-                f"LayerConfig(rank={self.rank!r}): a whole number ≥ 1, a rank rule or None"
-            )
-
-
-Override = RankRule | LayerConfig | None
-
-
-class _ExactRank(FixedRank):
-    """A rank that a layer must be able to have."""
-
-    def __repr__(self) -> str:
-        return f"rank {self.rank} by an override"
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What one layer is to get, after overrides."""
-
-    rank: RankRule | Budget | None  # None: leave dense
-    scheme: str
-    overridden: bool
 
 
 def make_plan(
@@ -144,7 +105,7 @@ def make_plan(
             "the model has no layer that can be factorised: "
             + ("; ".join(f"{site.name}: {site.obstacle}" for site in sites[:5]) or "no weights")
         )
-    settings = _resolve(sites, rank, scheme, overrides or {})
+    settings = resolve(sites, rank, scheme, overrides or {})
     groups = [_options(site, settings[site.name], guard=guard, multiple_of=step) for site in sites]
     dense_params = cost.params if cost else count_params(model)
     dense_flops = cost.flops if cost else None
@@ -207,7 +168,7 @@ def rank_rules(
     model: nn.Module, rule: RankRule, *, overrides: Mapping[str, Override] | None = None
 ) -> dict[str, RankRule]:
     """The rule of every layer that is not left dense by an override, by name."""
-    settings = _resolve(survey(model), rule, "auto", overrides or {})
+    settings = resolve(survey(model), rule, "auto", overrides or {})
     return {name: own.rank for name, own in settings.items() if isinstance(own.rank, RankRule)}
 
 
@@ -317,45 +278,7 @@ def _dense(site: Site, reason: str) -> LayerPlan:
     )
 
 
-def _resolve(
-    sites: Sequence[Site],
-    rank: RankRule | Budget,
-    scheme: str,
-    overrides: Mapping[str, Override],
-) -> dict[str, _Settings]:
-    """Apply overrides by name; a pattern that matches nothing is an error."""
-    settings = {site.name: _Settings(rank, scheme, False) for site in sites}
-    for pattern, override in overrides.items():
-        names = [
-            site.name
-            for site in sites
-            if any(fnmatch.fnmatchcase(name, pattern) for name in (site.name, *site.tied))
-        ]
-        if not names:
-            raise ConfigError(f"pattern {pattern!r} matches no layer; {near(pattern, settings)}")
-        for name in names:
-            settings[name] = _overridden(override, pattern, rank, scheme)
-    return settings
-
-
-def _overridden(
-    override: Override, pattern: str, rank: RankRule | Budget, scheme: str
-) -> _Settings:
-    if override is None:
-        return _Settings(None, scheme, True)
-    if isinstance(override, RankRule):
-        return _Settings(override, scheme, True)
-    if isinstance(override, LayerConfig):
-        if override.scheme not in (None, "auto"):
-            get_scheme(str(override.scheme))
-        own = _ExactRank(override.rank) if isinstance(override.rank, int) else override.rank
-        return _Settings(own or rank, override.scheme or scheme, True)
-    raise ConfigError(
-        f"override for {pattern!r} must be a rank rule, a LayerConfig or None, got {override!r}"
-    )
-
-
-def _options(site: Site, wanted: _Settings, *, guard: bool, multiple_of: int) -> list[Option]:
+def _options(site: Site, wanted: Settings, *, guard: bool, multiple_of: int) -> list[Option]:
     """What can be done to a layer: one option under a rule, several under a budget."""
     if wanted.rank is None:
         return [Option(_dense(site, "left dense by an override"), 0.0)]
@@ -365,7 +288,7 @@ def _options(site: Site, wanted: _Settings, *, guard: bool, multiple_of: int) ->
         return [Option(_dense(site, site.obstacle), 0.0)]
     assert site.spec is not None
     schemes, refusal = applicable(site.spec, wanted.scheme)
-    if isinstance(wanted.rank, _ExactRank):
+    if isinstance(wanted.rank, ExactRank):
         rank = wanted.rank.rank
         shapes = [scheme.matrix_shape(site.spec) for scheme in schemes]
         largest = max((shape.max_rank for shape in shapes), default=0)

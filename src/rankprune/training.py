@@ -13,72 +13,29 @@ Source: Xu et al. 2019, arXiv 1910.04576, algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankprune import engine
 from rankprune.budget import Budget
 from rankprune.distributed import Team
-from rankprune.engine import Job, Projected
-from rankprune.errors import ConfigError, NumericsError
+from rankprune.engine import Job
+from rankprune.errors import ConfigError
 from rankprune.factorize import check_plan
 from rankprune.layers import LayerSpec
-from rankprune.linalg import check_finite
 from rankprune.options import TRP
 from rankprune.plan import LayerPlan, Plan
 from rankprune.planner import as_table, make_plan, multiple, rank_rules, realise, round_rank
 from rankprune.profile import ExampleInputs
 from rankprune.ranks import RankRule, Spectrum
-from rankprune.schemes import SCHEMES, Scheme, get_scheme
-from rankprune.sharded import full_tensor, is_sharded, local_part, reshard, spread_like
+from rankprune.schemes import SCHEMES, get_scheme
+from rankprune.sharded import full_tensor, local_part, reshard
+from rankprune.targets import Target, carry_out, check_weights
 
 # How often a descending budget is spent anew as the spectra move.
 REPLANS = 8
-
-
-@dataclass
-class _Target:
-    """A layer in training: what it is projected to, and its share of the nuclear gradient."""
-
-    name: str
-    module: nn.Module
-    spec: LayerSpec
-    scheme: Scheme
-    rank: int
-    energy: float | None = None
-    polar: Tensor | None = None
-    start: Tensor | None = None
-
-    @property
-    def weight(self) -> nn.Parameter:
-        weight = self.module.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
-
-    def matrices(self) -> Tensor:
-        """[batch, rows, cols]; all processes must ask for a sharded weight's."""
-        return self.scheme.to_matrix(self.spec, full_tensor(self.weight.detach()))
-
-    def spread(self, matrices: Tensor) -> Tensor:
-        """Matrices in the weight's shape, sharded as the weight is."""
-        return self.like_weight(self.scheme.from_matrix(self.spec, matrices))
-
-    def like_weight(self, full: Tensor) -> Tensor:
-        """A tensor of the weight's shape, sharded as the weight is."""
-        return spread_like(self.weight.detach(), full)
-
-
-@dataclass(frozen=True)
-class _Gathered:
-    """Loads matrices that are here already."""
-
-    matrices: Tensor
-
-    def __call__(self) -> Tensor:
-        return self.matrices
 
 
 class Controller:
@@ -124,7 +81,7 @@ class Controller:
         self._handles: list[Any] = []
         self._finished: Plan | None = None
         self._replans = 0
-        self._targets: list[_Target] = []
+        self._targets: list[Target] = []
         self._rules: dict[str, RankRule] = {}
         if isinstance(options.rank, RankRule):
             self._rules = rank_rules(self.model, options.rank, overrides=options.overrides)
@@ -147,9 +104,10 @@ class Controller:
                 layer has been changed.
         """
         reshard(self.model)
-        self._check_finite()
-        for target, done in self._run([self._job(target) for target in self._targets]):
-            self._apply(target, done)
+        check_weights(self._targets, self.team)
+        jobs = [self._job(target) for target in self._targets]
+        for target, done in carry_out(self._targets, jobs, self.team):
+            target.apply(done)
 
     @torch.no_grad()
     def regularise(self, scale: float | Tensor = 1.0) -> None:
@@ -204,13 +162,13 @@ class Controller:
         self.detach()
         options = self.options
         reshard(self.model)  # a forward pass may have come since the last step
-        self._check_finite()
+        check_weights(self._targets, self.team)
         if isinstance(options.rank, Budget) and self._replans < REPLANS and options.descent:
             self._adopt(self._plan_for(options.rank))
         before = {target.name: local_part(target.weight).clone() for target in self._targets}
         jobs = [self._job(target, final=True) for target in self._targets]
-        for target, done in self._run(jobs):
-            self._apply(target, done)
+        for target, done in carry_out(self._targets, jobs, self.team):
+            target.apply(done)
         plan = realise(
             self.model,
             {t.name: (t.scheme.name, t.rank, _reason(options)) for t in self._targets},
@@ -288,7 +246,7 @@ class Controller:
                 energy, polar, start = item["energy"], item["polar"], item["start"]
             except (KeyError, TypeError) as error:
                 raise ConfigError(f"controller state of layer {name!r}: {error!r}") from None
-            target = _Target(name, modules[name], spec, scheme, rank, energy)
+            target = Target(name, modules[name], spec, scheme, rank, energy)
             device = target.weight.device
             target.polar = None if polar is None else target.like_weight(polar.to(device))
             target.start = None if start is None else start.to(device)
@@ -333,7 +291,7 @@ class Controller:
             assert layer.rank is not None
             module = self.model.get_submodule(layer.name)
             scheme = SCHEMES[str(layer.scheme)]
-            target = _Target(layer.name, module, layer.spec, scheme, layer.rank)
+            target = Target(layer.name, module, layer.spec, scheme, layer.rank)
             target.start = starts.get((layer.name, scheme.name))
             self._targets.append(target)
 
@@ -358,32 +316,7 @@ class Controller:
             left = (1 - reached / REPLANS) ** 3
             self._adopt(self._plan_for(budget.eased(left)))
 
-    def _check_finite(self) -> None:
-        """Refuse weights that hold NaN or infinity, in one look at all of them."""
-        if not self._targets:
-            return
-        device = self._targets[0].weight.device
-        weights = [target.weight.detach() for target in self._targets]
-        # a norm is finite only where everything is, and needs no memory
-        norms = torch._foreach_norm([local_part(weight) for weight in weights])
-        flags = torch.isfinite(torch.stack([norm.float().to(device) for norm in norms]))
-        finite = flags.tolist()
-        if not all(finite):  # a norm overflows before its weight does
-            exact = [torch.isfinite(local_part(weight)).all() for weight in weights]
-            flags = torch.stack([flag.to(device) for flag in exact])
-            finite = flags.tolist()
-        if self.team.size > 1:
-            finite = self.team.all_true(flags).tolist()
-        if not all(finite):
-            index = finite.index(False)
-            name = self._targets[index].name
-            check_finite(full_tensor(weights[index]), name)
-            raise NumericsError(
-                f"layer {name!r}: the weight holds NaN or infinity in another process and not in "
-                "this one; the processes have drifted apart: go back to the last good checkpoint"
-            )
-
-    def _job(self, target: _Target, *, final: bool = False) -> Job:
+    def _job(self, target: Target, *, final: bool = False) -> Job:
         """The projection of a layer to the rank that is due."""
         options, shape = self.options, target.scheme.matrix_shape(target.spec)
         leading = False
@@ -414,41 +347,7 @@ class Controller:
             layer=target.name,
         )
 
-    def _run(self, jobs: list[Job]) -> Iterator[tuple[_Target, Projected]]:
-        """Carry out one job a target, together with the other processes."""
-        team, sharded = self.team, any(is_sharded(t.weight) for t in self._targets)
-        for wave in team.waves([job.cost() for job in jobs], sharded=sharded):
-            own = [index for index, owner in wave if owner == team.rank]
-            todo = [jobs[index] for index in own]
-            if sharded and team.size > 1:
-                for index, _ in wave:  # all processes gather every matrix, its owner keeps it
-                    matrices = self._targets[index].matrices()
-                    if index in own:
-                        todo[own.index(index)] = replace(jobs[index], load=_Gathered(matrices))
-                del matrices
-            done = engine.project(todo)
-            del todo  # and what it keeps, as soon as the engine is done
-            if team.size == 1:
-                yield from ((self._targets[own[i]], result) for i, result in done)
-                continue
-            results: dict[int, Projected | Exception] = {}
-            try:
-                results.update((own[i], result) for i, result in done)
-            except Exception as failure:  # the others must not wait for what does not come
-                results.update((index, failure) for index in own if index not in results)
-            for index, result in team.share(jobs, wave, results, sharded=sharded):
-                yield self._targets[index], result
-
-    def _apply(self, target: _Target, done: Projected) -> None:
-        if done.nearest is not None:
-            nearest = target.spread(done.nearest)
-            # the engine works in the place of matrices that are views of the weight
-            if is_sharded(nearest) or nearest.data_ptr() != target.weight.data_ptr():
-                target.weight.copy_(nearest)
-        target.rank, target.energy, target.start = done.rank, done.energy, done.start
-        target.polar = None if done.polar is None else target.spread(done.polar)
-
-    def _polars(self) -> Iterator[tuple[_Target, Tensor]]:
+    def _polars(self) -> Iterator[tuple[Target, Tensor]]:
         """U Vᵀ of the layers that are regularised in this step, as the weights are."""
         if not self.options.nuclear or not self._active():
             return
@@ -459,8 +358,8 @@ class Controller:
         for target in self._targets:
             full = target.scheme.matrix_shape(target.spec).max_rank
             jobs.append(replace(self._job(target), rank=full, start=None, polar=True))
-        self._check_finite()
-        for target, done in self._run(jobs):
+        check_weights(self._targets, self.team)
+        for target, done in carry_out(self._targets, jobs, self.team):
             assert done.polar is not None
             yield target, target.spread(done.polar)
 

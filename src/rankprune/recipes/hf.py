@@ -17,8 +17,9 @@ from rankprune.calibrate import Stats, calibrate
 from rankprune.errors import ConfigError, FileError, MissingExtraError
 from rankprune.factorize import factorize
 from rankprune.files import reporting
+from rankprune.overrides import Override
 from rankprune.plan import Plan
-from rankprune.planner import Override, make_plan
+from rankprune.planner import make_plan
 from rankprune.ranks import RankRule
 from rankprune.report import Report, report
 

@@ -21,15 +21,14 @@ from rankprune.recipes.config import TrainConfig, make_config, read_yaml, to_yam
 from rankprune.recipes.data import ImageData, load_data
 from rankprune.recipes.evaluate import evaluate
 from rankprune.recipes.models import build_model
+from rankprune.recipes.process import effective_precision, process_state
 from rankprune.recipes.train import (
     CHECKPOINT,
     METRICS,
     Progress,
     Trained,
-    effective_precision,
     example_inputs,
     fit,
-    process_state,
 )
 from rankprune.recipes.weights import load_weights
 from rankprune.report import Report, report

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
 from rankprune.attach import attach
 from rankprune.budget import Budget
-from rankprune.errors import ConfigError, FileError, RankPruneError
+from rankprune.errors import FileError, RankPruneError
 from rankprune.factorize import defactorize, factor_skeleton, factorize
 from rankprune.files import remove_stale, write_atomically
 from rankprune.options import TRP
@@ -26,6 +26,8 @@ from rankprune.recipes.config import TrainConfig
 from rankprune.recipes.data import ImageData
 from rankprune.recipes.evaluate import evaluate
 from rankprune.recipes.interrupt import Interrupted, catching_signals
+from rankprune.recipes.optim import make_optimizer, make_scheduler
+from rankprune.recipes.process import effective_precision, on_cpu, process_state
 from rankprune.recipes.teacher import Teacher
 from rankprune.serialize import compare_shapes, shapes
 from rankprune.training import Controller
@@ -64,34 +66,6 @@ class Trained:
     device: torch.device
     is_main: bool
     world: int
-
-
-def process_state() -> PartialState:
-    """This process among those of a torchrun job; the only one without it."""
-    return PartialState(cpu=_on_cpu())
-
-
-def _on_cpu() -> bool:
-    # Accelerate joins a job on CPUs only where it is told that they are CPUs
-    return not torch.accelerator.is_available()
-
-
-def effective_precision(asked: str, device: torch.device) -> tuple[str, str]:
-    """The precision to compute in, and a note where it is not the one that was asked for.
-
-    Raises:
-        ConfigError: fp16 on a CPU.
-    """
-    if device.type != "cpu" or asked == "fp32":
-        return asked, ""
-    if asked == "fp16":
-        raise ConfigError("precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return asked, ""
-    return "fp32", (
-        "this CPU has no bf16 arithmetic (AVX-512 or AMX) and emulates it many times slower: "
-        "computing in fp32"
-    )
 
 
 def fit(
@@ -140,7 +114,7 @@ class _Run:
         if note:
             progress.note(f"precision={config.precision}: {note}")
         self.accelerator = Accelerator(
-            mixed_precision="no" if precision == "fp32" else precision, cpu=_on_cpu()
+            mixed_precision="no" if precision == "fp32" else precision, cpu=on_cpu()
         )
         self.steps = check_batch(data, config.batch_size, self.accelerator.num_processes)
         self.total = self.steps * config.epochs
@@ -155,8 +129,8 @@ class _Run:
             model.load_state_dict(checkpoint["model"])
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.bare = model
-        self.raw = _optimizer(config, model)
-        self.scheduler = _scheduler(config, self.raw, self.total)
+        self.raw = make_optimizer(config, model)
+        self.scheduler = make_scheduler(config, self.raw, self.total)
         if checkpoint is not None:
             # after the scheduler, which sets the learning rate back when it is made
             self.raw.load_state_dict(checkpoint["optimizer"])
@@ -205,8 +179,8 @@ class _Run:
         model = factorize(self._unwrapped(), self.plan)
         self.bare = model.to(memory_format=torch.channels_last)
         self.accelerator.free_memory()
-        self.raw = _optimizer(self.config, self.bare)
-        before, self.scheduler = self.scheduler, _scheduler(self.config, self.raw, self.total)
+        self.raw = make_optimizer(self.config, self.bare)
+        before, self.scheduler = self.scheduler, make_scheduler(self.config, self.raw, self.total)
         self.scheduler.load_state_dict(before.state_dict())
         for group, rate in zip(self.raw.param_groups, before.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -440,26 +414,3 @@ def example_inputs(
 ) -> torch.Tensor:
     """Blank images, to count FLOPs and to measure with."""
     return torch.zeros(batch, *data.shape, device=device)
-
-
-def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        model.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay
-    )
-
-
-def _scheduler(
-    config: TrainConfig, optimizer: torch.optim.Optimizer, total: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    if config.schedule == "multistep":
-        milestones = [total // 2, total * 3 // 4]
-        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
-    if config.schedule == "constant":
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    if config.schedule == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=total + 1, cycle_momentum=False
-    )
