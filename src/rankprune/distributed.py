@@ -6,9 +6,11 @@ of it. Either way each matrix has one owner, which computes; the others receive 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from itertools import zip_longest
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,11 @@ from rankprune.engine import Job, Projected
 from rankprune.errors import NumericsError, RankPruneError
 from rankprune.plan import Plan
 from rankprune.sharded import is_sharded
+
+T = TypeVar("T")
+
+# Layers whose results are sent while earlier ones are put into their weights.
+_AHEAD = 16
 
 
 @dataclass(frozen=True)
@@ -60,11 +67,10 @@ class Team:
         """This process among them."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
-    def broadcast(self, tensor: Tensor, owner: int) -> Tensor:
-        """Give every process the owner's values, in place."""
-        if self.size > 1:
-            dist.broadcast(tensor, dist.get_global_rank(self.group, owner), group=self.group)
-        return tensor
+    def broadcast(self, tensor: Tensor, owner: int) -> Any:
+        """Begin to give every process the owner's values, in place; `wait()` for what returns."""
+        source = dist.get_global_rank(self.group, owner)
+        return dist.broadcast(tensor, source, group=self.group, async_op=True)
 
     def all_true(self, flags: Tensor) -> Tensor:
         """Elementwise: whether every process has true."""
@@ -111,11 +117,10 @@ class Team:
             loads[owner] += costs[index]
             owned[owner].append(index)
         pairs = [[(index, owner) for index in items] for owner, items in enumerate(owned)]
-        if not sharded:
-            yield [pair for items in pairs for pair in items]
-            return
-        for wave in range(max((len(items) for items in pairs), default=0)):
-            yield [items[wave] for items in pairs if wave < len(items)]
+        rounds = zip_longest(*pairs)
+        waves = [[pair for pair in wave if pair is not None] for wave in rounds]
+        # owners take turns, so that what they send goes both ways at a time
+        yield from waves if sharded else [[pair for wave in waves for pair in wave]]
 
     def share(
         self,
@@ -154,27 +159,50 @@ class Team:
         for (index, owner), (rank, *_) in zip(wave, told, strict=True):
             if rank == 0:
                 _fail(jobs[index], owner, results.get(index))
-        for (index, owner), (rank, energy, width) in zip(wave, told, strict=True):
-            job, result = jobs[index], results.pop(index, None)
-            own = result if isinstance(result, Projected) else Projected(None, 0, 0.0, None, None)
-            small = min(job.shape.rows, job.shape.cols)
-            nearest = polar = start = None
-            if rank < job.shape.max_rank:
-                nearest = own.nearest
-                if nearest is None:
-                    nearest = _room(job, in_place=not sharded)
-                nearest = self.broadcast(nearest.contiguous(), owner)
-            if job.polar:
-                polar = own.polar
-                if polar is None:
-                    polar = _room(job)
-                polar = self.broadcast(polar.contiguous(), owner)
-            if width:
-                start = own.start
-                if start is None:
-                    start = torch.empty(job.shape.batch, small, int(width), device=job.device)
-                start = self.broadcast(start.contiguous(), owner)
-            yield index, Projected(nearest, int(rank), energy, polar, start)
+        sending = (
+            (index, self._send(jobs[index], owner, head, results.pop(index, None), not sharded))
+            for (index, owner), head in zip(wave, told, strict=True)
+        )
+        for index, (result, sent) in _ahead(sending, _AHEAD):
+            for part in sent:
+                part.wait()
+            yield index, result
+
+    def _send(
+        self,
+        job: Job,
+        owner: int,
+        head: Sequence[float],
+        result: Projected | Exception | None,
+        in_place: bool,
+    ) -> tuple[Projected, list[Any]]:
+        """A result on its way to all, and what to wait for before it is there."""
+        rank, energy, width = head
+        own = result if isinstance(result, Projected) else Projected(None, 0, 0.0, None, None)
+        small = min(job.shape.rows, job.shape.cols)
+        nearest = polar = start = None
+        if rank < job.shape.max_rank:
+            nearest = _room(job, in_place=in_place) if own.nearest is None else own.nearest
+            nearest = nearest.contiguous()
+        if job.polar:
+            polar = (_room(job) if own.polar is None else own.polar).contiguous()
+        if width:
+            start = own.start
+            if start is None:
+                start = torch.empty(job.shape.batch, small, int(width), device=job.device)
+            start = start.contiguous()
+        sent = [self.broadcast(part, owner) for part in (nearest, polar, start) if part is not None]
+        return Projected(nearest, int(rank), energy, polar, start), sent
+
+
+def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """The same items, of which some are made before they are asked for."""
+    made: deque[T] = deque()
+    for item in items:
+        made.append(item)
+        if len(made) > count:
+            yield made.popleft()
+    yield from made
 
 
 def _room(job: Job, *, in_place: bool = False) -> Tensor:
