@@ -275,6 +275,24 @@ class Exploit:
         return (os.mkdir, (self.trace,))
 
 
+def test_a_function_that_a_file_names_is_not_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_net.py").write_text(
+        "open('called', 'w').close()\nfrom torch.nn import Flatten as make\n"
+    )
+    options = {"data": "fake", "model": "own_net:make", "flops": 0.4}
+    (tmp_path / "c.yaml").write_text(json.dumps(options))
+    monkeypatch.syspath_prepend(tmp_path)
+    args = ("train", "--config", "c.yaml", "--out", "out")
+    done = cli(*args, code=2, cwd=tmp_path)
+    assert "confirm it with --model own_net:make" in done.stderr
+    assert not (tmp_path / "called").exists()
+    # then it is called; there is nothing to factorise in it
+    assert "no layer" in cli(*args, "--model", "own_net:make", code=2, cwd=tmp_path).stderr
+    assert (tmp_path / "called").exists()
+
+
 @pytest.mark.parametrize("name", ["w.pt", "w.safetensors", "checkpoint.pt"])
 def test_hostile_pickles_are_refused_and_not_run(tmp_path: Path, name: str) -> None:
     trace = tmp_path / "trace"

@@ -157,14 +157,18 @@ def _options(flags: dict[str, Any], config: Path | None, preset: str | None) -> 
     """Flags, then the file, then the preset, then the defaults."""
     from rankprune.errors import near
     from rankprune.recipes.config import PRESETS, make_config, read_yaml
+    from rankprune.recipes.models import is_trusted_name
 
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}; {near(preset, PRESETS)}")
-    layers = [
-        dict(PRESETS[preset]) if preset else {},
-        read_yaml(config) if config is not None else {},
-        flags,
-    ]
+    file = read_yaml(config) if config is not None else {}
+    name = file.get("model")
+    if "model" not in flags and isinstance(name, str) and not is_trusted_name(name):
+        raise ConfigError(
+            f"{config}: the model is the function {name!r}; rankprune runs no code that a file "
+            f"names: confirm it with --model {name}"
+        )
+    layers = [dict(PRESETS[preset]) if preset else {}, file, flags]
     # a target of a higher layer replaces that of a lower one, whatever its kind
     targets = ("flops", "params", "latency", "rank")
     merged: dict[str, Any] = {}
