@@ -170,6 +170,7 @@ def _peers(
             made = options.peers / f"{peer}-{name}.onnx"
             described = options.peers / f"{peer}-{name}.json"
             if not (made.exists() and described.exists()):
+                say(options, f"  no {made} and {described.name}: {peer} is left out")
                 continue
             sessions = {"dense": onnx_session(dense, options.threads)}
             sessions[peer] = onnx_session(made, options.threads)
@@ -229,7 +230,7 @@ def main() -> None:
                 else:
                     row = realised(name, options)
                 row |= {"quick": options.quick, **conditions()}
-                say(options, json.dumps({k: v for k, v in row.items() if k != "environment"}))
+                say(options, json.dumps(row))
                 keep(part, row, options)
                 result.setdefault(part, []).append(row)
     options.save = False  # rows are kept already

@@ -44,7 +44,7 @@ class Training:
     """
 
     epochs: int = 6
-    lr: float = 0.03
+    lr: float = 0.05
     weight_decay: float = 1e-4
     batch: int = 128
     seed: int = 0

@@ -6,7 +6,7 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-ALIKE = ("model", "start", "method", "target", "epochs")
+ALIKE = ("model", "start", "method", "target", "epochs", "lr")
 MEASURED = (
     "accuracy",
     "dense_accuracy",

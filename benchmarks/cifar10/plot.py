@@ -1,4 +1,4 @@
-"""Accuracy against FLOPs, of all methods that had the same training.
+"""Accuracy against FLOPs, of all methods that were trained for as many epochs.
 
     .venv/bin/python benchmarks/cifar10/plot.py
 

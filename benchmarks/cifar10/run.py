@@ -42,7 +42,7 @@ from networks import NETWORKS, build  # noqa: E402
 import rankprune as rp  # noqa: E402
 
 #: What tells rows apart.
-KEY = ("model", "start", "method", "target", "epochs", "seed")
+KEY = ("model", "start", "method", "target", "epochs", "lr", "seed")
 
 
 def measured(case: Case, result: Result, part: Part) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def keep(row: dict[str, Any], file: Path) -> None:
     """Put a row into a file of results, and the dense network's accuracy beside all of its kind."""
     rows = [r for r in read(file) if any(r[k] != row[k] for k in KEY)] + [row]
     rows.sort(key=lambda r: [str(r[k]) for k in KEY])
-    alike = ("model", "start", "epochs", "seed")
+    alike = ("model", "start", "epochs", "lr", "seed")
     dense = {tuple(r[k] for k in alike): r["accuracy"] for r in rows if r["method"] == "dense"}
     for r in rows:
         r["dense_accuracy"] = dense.get(tuple(r[k] for k in alike))
@@ -92,8 +92,9 @@ class Row:
 
     @property
     def there(self) -> bool:
-        """Whether the file of results has it."""
-        known = () if self.args.again else read(self.args.results)
+        """Whether the file of results has it, and its weights are where they are to be."""
+        lost = self.args.out and not self.args.out.exists()
+        known = () if self.args.again or lost else read(self.args.results)
         return any(all(row[k] == self.key[k] for k in KEY) for row in known)
 
     def make(self, data: Cifar) -> dict[str, Any]:
@@ -115,7 +116,6 @@ class Row:
             **self.key,
             **measured(case, result, part),
             "minutes": round(minutes, 2),
-            "lr": args.lr,
             "batch": args.batch,
             "precision": "fp32" if args.fp32 else "bf16",
             "jobs": args.jobs,
@@ -179,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=["ours"])
     parser.add_argument("--target", type=float, nargs="+", default=[2.84])
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--lr", type=float, default=Training.lr)
+    parser.add_argument("--lr", type=float, default=Training.lr, help="peak of the one-cycle schedule")
     parser.add_argument("--batch", type=int, default=Training.batch)
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 in training")
@@ -206,12 +206,14 @@ def _asked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterato
     if args.results is None:
         args.results = HERE / ("validation.json" if args.validate else "results.json")
     for seed, target, method in itertools.product(args.seed, args.target, args.method):
+        epochs = 0 if method in UNTRAINED else args.epochs
         key = {
             "model": args.model,
             "start": args.weights.stem if args.weights else "random",
             "method": method,
             "target": None if method in UNTARGETED else target,
-            "epochs": 0 if method in UNTRAINED else args.epochs,
+            "epochs": epochs,
+            "lr": args.lr if epochs else None,
             "seed": seed,
         }
         yield Row(key, target, args)
@@ -222,14 +224,14 @@ def main() -> None:
     args = parser.parse_args()
     if not args.data:
         parser.error("--data is needed")
-    rows: list[Row] = []
+    rows: dict[tuple[Any, ...], Row] = {}
     for row in _asked(parser, args):
         if row.there:
             print(f"{row.key}: there already", file=sys.stderr)
-        elif row not in rows:
-            rows.append(row)
+        else:  # a method without a target is asked for with each
+            rows.setdefault((row.args.results, *row.key.values()), row)
     failed = 0
-    for row, future in made(rows, args):
+    for row, future in made(list(rows.values()), args):
         error = future.exception()
         if error is None:
             print(json.dumps(future.result()), flush=True)

@@ -55,7 +55,6 @@ METHODS: dict[str, Method] = {
     "ours-descent-0.1": partial(ours, descent=0.1),
     "ours-descent-0.5": partial(ours, descent=0.5),
     "ours-every-1": partial(ours, every=1),
-    "ours-every-10": partial(ours, every=10),
     "ours-every-20": partial(ours, every=20),
     "ours-nuclear": partial(ours, nuclear=3e-4),
     "ours-nuclear-proximal": partial(ours, nuclear=3e-4, nuclear_mode="decoupled"),

@@ -55,7 +55,7 @@ def _compress(case: Case, name: str) -> None:
     environment, script = PEERS[name]
     python = BENCHMARKS / "peers" / f".venv-{environment}" / "bin" / "python"
     if not python.exists():
-        raise SystemExit(
+        raise FileNotFoundError(
             f"{name}: no network for {case.target} in {FOLDER}, and no environment to make it in: "
             f"benchmarks/peers/make_env.sh {environment}"
         )
