@@ -97,6 +97,36 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("compress {} --flops .5 --out o --streaming", "--streaming is for hf: models"),
+        ("compress {} --flops .5 --out o --window 9", "--window is for hf: models"),
+        ("compress hf:d --flops .5 --out o --threads 2", "--threads is not for hf: models"),
+        ("compress {} --model digits_cnn --flops .5 --out o --data fake --input-size 3x8x8",
+         "were asked for"),
+        ("compress {} --flops .5 --out o --data digits --calib digits --samples 0", "--samples"),
+        ("export {} --out o --batch 0", "--batch"),
+        ("train --data fake --flops .5 --model pair_net:make --out o",
+         "returns a tuple in training, not logits"),
+    ],
+)  # fmt: skip
+def test_options_are_obeyed_or_refused(tmp_path: Path, args: str, message: str) -> None:
+    (tmp_path / "pair_net.py").write_text(
+        "from torch import nn\n"
+        "class Pair(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x.flatten(1)), None\n"
+        "def make():\n"
+        "    return Pair(3 * 32 * 32, 10)\n"
+    )
+    weights = tmp_path / "w.pt"
+    torch.save(build_model("digits_cnn", classes=10).state_dict(), weights)
+    done = cli(*(arg.format(weights) for arg in args.split()), code=2, cwd=tmp_path)
+    assert message in done.stderr
+    assert not (tmp_path / "o").exists()
+
+
 def test_usage_errors_exit_2() -> None:
     cli("nothing", code=2)
     cli("train", "--epochs", "many", "--out", "x", code=2)
@@ -126,6 +156,15 @@ def test_a_run_leaves_what_it_promises(finished: Path) -> None:
     measured = json.loads(cli("eval", finished / "compact", *IMAGES, "--json").stdout)
     assert measured["accuracy"] == document["compact"]["accuracy"]
     assert measured["flops"] == document["compact"]["flops"]
+    # by then the factors were trained, and they are what the checkpoint holds
+    last = ("eval", finished / "checkpoint.pt", *IMAGES, "--model", "digits_cnn", "--json")
+    assert json.loads(cli(*last).stdout)["flops"] == document["compact"]["flops"]
+    assert (
+        "factorised already"
+        in cli(
+            *RUN, "--weights", finished / "compact", "--out", finished.parent / "again", code=2
+        ).stderr
+    )
 
 
 @pytest.mark.slow
@@ -275,15 +314,12 @@ class Exploit:
         return (os.mkdir, (self.trace,))
 
 
-def test_a_function_that_a_file_names_is_not_called(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_function_that_a_file_names_is_not_called(tmp_path: Path) -> None:
     (tmp_path / "own_net.py").write_text(
         "open('called', 'w').close()\nfrom torch.nn import Flatten as make\n"
     )
     options = {"data": "fake", "model": "own_net:make", "flops": 0.4}
     (tmp_path / "c.yaml").write_text(json.dumps(options))
-    monkeypatch.syspath_prepend(tmp_path)
     args = ("train", "--config", "c.yaml", "--out", "out")
     done = cli(*args, code=2, cwd=tmp_path)
     assert "confirm it with --model own_net:make" in done.stderr

@@ -306,6 +306,34 @@ def test_ranks_by_leading_values_are_those_by_all(
     assert counts["decompositions"] < 12
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [6, 40, Energy(0.9)], ids=str)
+def test_the_default_dtype_changes_nothing(default: torch.dtype, rank: Any) -> None:
+    matrix = _matrix(120, 130, 2, seed=4)
+    moved = matrix + 1e-4 * torch.randn(matrix.shape)
+    found = []
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        (first,) = _done([_job(matrix, rank, polar=True)])
+        found += _done([_job(moved, rank, start=first.start, polar=True)])
+        torch.set_default_dtype(torch.float32)
+    for name in ("nearest", "polar", "start"):
+        assert torch.equal(getattr(found[0], name), getattr(found[1], name))
+
+
+@pytest.mark.parametrize("scale", [1e-13, 1e-15, 1e-17, 1e-20, 1e-30])
+@pytest.mark.parametrize("rank", [5, Energy(0.9)], ids=str)
+def test_what_has_all_but_vanished_is_projected(rank: Any, scale: float) -> None:
+    """As in a layer that is dead, and decays."""
+    matrix = _matrix(100, 130, seed=5, noise=0.0)
+    (first,) = _done([_job(matrix, rank)])
+    assert first.nearest is not None
+    faint = first.nearest * scale
+    job = _job(faint, rank, start=first.start)
+    (second,) = _done([job])
+    _checked(faint, job, second)
+
+
 def test_full_rank_changes_nothing_and_loads_nothing() -> None:
     def unread() -> Tensor:
         raise AssertionError("loaded for nothing")

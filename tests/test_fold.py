@@ -88,6 +88,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, int, int]] = {
         2,
         1,
     ),
+    "over another dimension": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8)),
+        torch.randn(5, 8, 6),
+        2,
+        2,
+    ),
     "transposed": (
         lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, stride=2), nn.BatchNorm2d(6)),
         _image(),

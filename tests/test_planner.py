@@ -33,9 +33,11 @@ from rankprune import (
     LayerConfig,
     LayerError,
     LayerSpec,
+    MatrixShape,
     NumericsError,
     Plan,
     Ratio,
+    Spectrum,
     Threshold,
     count_bytes,
     count_params,
@@ -44,7 +46,8 @@ from rankprune import (
     plan_of,
     profile,
 )
-from rankprune.planner import _grid, _LayerOption, round_rank
+from rankprune.overrides import ExactRank
+from rankprune.planner import _grid, _LayerOption, wanted_rank
 from rankprune.schemes import applicable
 from rankprune.survey import survey
 
@@ -497,8 +500,11 @@ def test_multiple_of_is_a_whole_number(multiple_of: Any) -> None:
         make_plan(small_cnn(), Ratio(0.5), multiple_of=multiple_of)
 
 
-def test_round_rank_goes_up_to_a_multiple_but_not_past_the_largest() -> None:
-    assert [round_rank(r, 8, 20) for r in (1, 8, 9, 17, 20)] == [8, 8, 16, 20, 20]
+def test_ranks_go_up_to_a_multiple_but_not_past_the_largest_and_exact_ones_stay() -> None:
+    spectrum = Spectrum(torch.ones(1, 20), MatrixShape(batch=1, rows=20, cols=30))
+    for rule, expected in ((FixedRank, [8, 8, 16, 20, 20]), (ExactRank, [1, 8, 9, 17, 20])):
+        found = [wanted_rank(rule(rank), spectrum, 8, 20) for rank in (1, 8, 9, 17, 20)]
+        assert found == expected
 
 
 def test_tied_layers_are_planned_once_and_the_embeddings_head_stays() -> None:

@@ -199,6 +199,12 @@ def test_unknown_names_are_refused(name: str) -> None:
         load_data(name)
 
 
+def test_images_that_are_as_they_are_have_no_other_size() -> None:
+    assert load_data("digits", image_size=8).shape == (1, 8, 8)
+    with pytest.raises(ConfigError, match="image_size=16 is for image folders"):
+        load_data("digits", image_size=16)
+
+
 def test_missing_cifar_tells_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="--download"):
         load_data("cifar10", root=str(tmp_path))

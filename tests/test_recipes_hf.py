@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,25 @@ def test_streaming_keeps_the_dtype(tmp_path: Path, text: Path) -> None:
     )
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_streaming_leaves_no_earlier_model_in_effect(tmp_path: Path, text: Path) -> None:
+    dense = make_folder("llama", tmp_path / "dense")
+    shutil.copytree(dense, tmp_path / "out")
+    target = rp.FixedRank(3)
+    plan = compress_streaming(dense, tmp_path / "out", target, text=text, window=24, windows=4)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert rp.count_params(loaded) == plan.params
+
+
+def test_models_that_read_no_text_are_refused(tmp_path: Path) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        image_size=8, patch_size=4, architectures=["ViTForImageClassification"],
+    )  # fmt: skip
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(rp.ConfigError, match="does not read text"):
+        hf.compress(hf.open_folder(tmp_path), rp.Budget(params=0.8))
 
 
 def test_streaming_refusals(tmp_path: Path, text: Path) -> None:

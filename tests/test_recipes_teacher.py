@@ -110,6 +110,9 @@ def test_there_is_a_teacher_where_there_is_a_dense_network(
 def test_a_teacher_that_is_not_there_is_an_error() -> None:
     with pytest.raises(ConfigError, match="no trained dense network to learn from"):
         make_config({**BASE, "distill": 0.5})
+    for options in ({"match": 1.0}, {"match": 1.0, "baseline": True, "distill": 0.0}):
+        with pytest.raises(ConfigError, match=r"match=1\.0 needs a dense network"):
+            make_config({**BASE, **options})
 
 
 def test_a_target_must_be_reached_before_the_factors_are_trained() -> None:

@@ -351,6 +351,13 @@ def test_newton_schulz_is_the_polar_factor(
         assert torch.allclose(newton_schulz(matrix[0]), found[0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-24, 1e-18, 1e18, 1e30])
+def test_newton_schulz_knows_no_scale(scale: float) -> None:
+    matrix = torch.randn(7, 12)
+    expected = newton_schulz(matrix)
+    assert torch.allclose(newton_schulz(matrix * scale), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 2e-2), (torch.float64, 1e-9)])
 def test_newton_schulz_reaches_small_values(dtype: torch.dtype, close: float) -> None:
     """A condition of 10,000; fp32 knows the small directions to three digits."""

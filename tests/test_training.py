@@ -137,7 +137,8 @@ def test_options_are_those_of_make_plan() -> None:
     overrides = {"0": None, "3": LayerConfig(rank=5, scheme="spatial"), "10": FixedRank(3)}
     options = TRP(rank=FixedRank(2), scheme="channel", overrides=overrides, multiple_of=2)
     trp = attach(model, _sgd(model), options)
-    assert trp.ranks == {"3": 6, "6": 2, "10": 4, "12": 2}
+    # an exact rank is not rounded
+    assert trp.ranks == {"3": 5, "6": 2, "10": 4, "12": 2}
     assert trp.state_dict()["layers"]["3"]["scheme"] == "spatial"
     assert trp.state_dict()["layers"]["6"]["scheme"] == "channel"
 
@@ -493,6 +494,47 @@ def test_layers_that_do_not_pay_stay_as_trained() -> None:
     assert torch.equal(model[0].weight, before)
 
 
+def test_an_end_that_fails_can_be_tried_again() -> None:
+    """And until then the training goes on."""
+    model = mlp()
+    optimizer = _sgd(model)
+    trp = attach(model, optimizer, TRP(rank=FixedRank(3), every=1))
+    kept = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model[0].weight[0, 0] = math.nan
+    with pytest.raises(NumericsError):
+        trp.finish()
+    model.load_state_dict(kept)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(4, 16)).square().mean().backward()
+        optimizer.step()
+    assert (trp.step, _rank(model[0].weight)) == (2, 3)
+    assert trp.finish()["0"].rank == 3
+
+
+def test_inputs_that_do_not_fit_a_plan_fail_at_the_start() -> None:
+    model = mlp()
+    with pytest.raises(ConfigError):
+        Controller(
+            model, TRP(plan=make_plan(model, FixedRank(3))), example_inputs=torch.randn(2, 5)
+        )
+
+
+@pytest.mark.parametrize("rank", [FixedRank(3), Energy(0.9)], ids=str)
+def test_the_end_inside_of_autocast_is_the_end_outside(rank: Any) -> None:
+    results = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(128, 160), nn.Linear(160, 128))
+        controller = Controller(model, TRP(rank=rank))
+        controller.project()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            controller.finish()
+        results.append(model.state_dict())
+    assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
+
+
 def test_finish_twice_is_finish_once() -> None:
     model = mlp()
     trp = attach(model, _sgd(model), TRP(rank=FixedRank(3)))
@@ -672,6 +714,43 @@ def test_another_state_is_refused(state: Any, complaint: str) -> None:
     assert controller.state_dict() == before
 
 
+def test_the_state_of_another_plan_is_refused() -> None:
+    model = small_cnn()
+    states = [
+        Controller(model, TRP(plan=make_plan(model, FixedRank(2), scheme=scheme))).state_dict()
+        for scheme in ("channel", "spatial")
+    ]
+    controller = Controller(model, TRP(plan=make_plan(model, FixedRank(2), scheme="channel")))
+    controller.load_state_dict(states[0])
+    with pytest.raises(ConfigError, match="other layers or options"):
+        controller.load_state_dict(states[1])
+
+
+def test_a_state_loaded_after_the_end_ends_anew() -> None:
+    model = mlp()
+    controller = Controller(model, TRP(rank=FixedRank(3)))
+    state = controller.state_dict()
+    controller.finish()
+    with torch.no_grad():
+        model[0].weight.normal_()
+    controller.load_state_dict(state)
+    controller.finish()
+    assert _rank(model[0].weight) == 3
+
+
+def test_a_budget_is_not_planned_anew_for_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured again on a busy machine it might be missed."""
+    model, options = mlp(), TRP(rank=Budget(params=0.5))
+    state = Controller(model, options).state_dict()
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("planned")
+
+    monkeypatch.setattr("rankprune.training.make_plan", refused)
+    resumed = attach(model, _sgd(model), options, state=state)
+    assert resumed.state_dict()["layers"].keys() == state["layers"].keys()
+
+
 def test_the_state_of_another_model_is_refused() -> None:
     controller = Controller(mlp(), TRP(rank=Budget(params=0.5)))
     state = Controller(small_cnn(), TRP(rank=Budget(params=0.5))).state_dict()
@@ -776,6 +855,9 @@ _PLAN = Plan(layers=(), dense_params=0)
 BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({}, "give either rank"),
     ({"rank": FixedRank(1), "plan": _PLAN}, "give either rank"),
+    ({"plan": _PLAN, "scheme": "channel"}, "the plan has that"),
+    ({"plan": _PLAN, "overrides": {"0": None}}, "the plan has that"),
+    ({"plan": _PLAN, "multiple_of": 8}, "the plan has that"),
     *(({"rank": FixedRank(1), "every": v}, "every=") for v in (0, -1, 1.5, "2", None, True)),
     *(({"rank": FixedRank(1), "start": v}, "start=") for v in (-1, 0.5, None, True)),
     *(({"rank": FixedRank(1), "end": v}, "end=") for v in (-1, 2.5, "9", True)),
@@ -817,6 +899,18 @@ def test_the_optimizer_must_hold_the_model() -> None:
     with pytest.raises(ConfigError, match="must be a torch optimizer, got str"):
         attach(model, "sgd", TRP(rank=FixedRank(3)))  # type: ignore[arg-type]
     assert _rank(model[0].weight) == 16
+
+
+def test_layers_of_another_optimizer_are_refused_or_left_dense() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with pytest.raises(ConfigError, match=r"does not hold layer '2'.*'2': None"):
+        attach(model, optimizer, TRP(rank=FixedRank(3)))
+    assert attach(model, optimizer, TRP(rank=FixedRank(3), overrides={"2": None})).ranks == {"0": 3}
+    frozen = mlp()
+    frozen[2].requires_grad_(False)
+    optimizer = torch.optim.SGD(frozen[0].parameters(), lr=0.1)
+    assert attach(frozen, optimizer, TRP(rank=FixedRank(3))).ranks == {"0": 3, "2": 3}
 
 
 def test_options_are_frozen_and_keyword_only() -> None:

@@ -179,7 +179,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=["ours"])
     parser.add_argument("--target", type=float, nargs="+", default=[2.84])
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--lr", type=float, default=Training.lr, help="peak of the one-cycle schedule")
+    parser.add_argument(
+        "--lr", type=float, default=Training.lr, help="peak of the one-cycle schedule"
+    )
     parser.add_argument("--batch", type=int, default=Training.batch)
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 in training")

@@ -5,8 +5,7 @@ Every framework ends in `optimizer.step`, so this one driver serves them all.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from rankprune.errors import ConfigError
 from rankprune.options import TRP
 from rankprune.profile import ExampleInputs
-from rankprune.training import Controller
+from rankprune.training import Controller, trainable, unwrap
 
 
 def attach(
@@ -47,7 +46,7 @@ def attach(
         The controller; call its `finish` after the last step.
 
     Raises:
-        ConfigError: the optimizer holds none of the model's weights, or as in `make_plan`.
+        ConfigError: the optimizer does not hold the model's weights, or as in `make_plan`.
 
     Example:
         >>> import rankprune as rp
@@ -72,20 +71,25 @@ def attach(
             "the optimizer holds none of the model's parameters; create it from this model, after "
             "moving or wrapping it"
         )
+    weights = trainable(unwrap(model), options)
+    outside = [name for name, w in weights.items() if w.requires_grad and id(w) not in held]
+    if outside and any(id(weight) in held for weight in weights.values()):
+        raise ConfigError(
+            f"the optimizer does not hold layer {outside[0]!r}"
+            + (f" and {len(outside) - 1} more" if outside[1:] else "")
+            + ", and rankprune counts the steps of one optimizer; freeze what is not trained, or "
+            f"leave what another one trains dense: TRP(overrides={{{outside[0]!r}: None}})"
+        )
     controller = Controller(
-        model, options, example_inputs=example_inputs, process_group=process_group
+        model, options, example_inputs=example_inputs, process_group=process_group, state=state
     )
     if state is None:
-        with _without_autocast(model):
-            controller.before_step()
-    else:
-        controller.load_state_dict(state)
+        controller.before_step()
 
     def regularise(optimizer: torch.optim.Optimizer) -> None:
         if not _skipped(optimizer):
             scale = getattr(optimizer, "grad_scale", None)
-            with _without_autocast(model):
-                controller.regularise(1.0 if scale is None else scale)
+            controller.regularise(1.0 if scale is None else scale)
 
     def stepping(
         optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -107,24 +111,14 @@ def attach(
 
     def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not _skipped(optimizer):
-            with _without_autocast(model):
-                controller.after_step(optimizer)
-                controller.before_step()
+            controller.after_step(optimizer)
+            controller.before_step()
 
     controller._handles = [
         raw.register_step_pre_hook(stepping),
         raw.register_step_post_hook(stepped),
     ]
     return controller
-
-
-@contextlib.contextmanager
-def _without_autocast(model: nn.Module) -> Iterator[None]:
-    """Some loops step inside of autocast, and low rank does not survive products in half."""
-    with contextlib.ExitStack() as stack:
-        for kind in {parameter.device.type for parameter in model.parameters()}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
 
 
 def _skipped(optimizer: torch.optim.Optimizer) -> bool:

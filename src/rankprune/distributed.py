@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rankprune.engine import Job, Projected
-from rankprune.errors import NumericsError, RankPruneError
+from rankprune.errors import NumericsError
 from rankprune.plan import Plan
 from rankprune.sharded import is_sharded
 
@@ -84,15 +84,15 @@ class Team:
         """The first process's plan, in every process; a failure in one is a failure in all."""
         if self.size == 1:
             return make()
-        plan: Plan | RankPruneError
+        plan: Plan | Exception
         try:
             plan = make()
             mine = (True, plan.to_json())
-        except RankPruneError as error:
+        except Exception as error:  # the others must not wait for what does not come
             plan, mine = error, (False, str(error))
         texts: list[Any] = [None] * self.size
         dist.all_gather_object(texts, mine, group=self.group)
-        if isinstance(plan, RankPruneError):
+        if isinstance(plan, Exception):
             raise plan
         for process, (done, text) in enumerate(texts):
             if not done:
@@ -163,7 +163,8 @@ class Team:
             (index, self._send(jobs[index], owner, head, results.pop(index, None), not sharded))
             for (index, owner), head in zip(wave, told, strict=True)
         )
-        for index, (result, sent) in _ahead(sending, _AHEAD):
+        # whole sharded weights must be few at a time
+        for index, (result, sent) in _ahead(sending, 0 if sharded else _AHEAD):
             for part in sent:
                 part.wait()
             yield index, result
@@ -189,7 +190,9 @@ class Team:
         if width:
             start = own.start
             if start is None:
-                start = torch.empty(job.shape.batch, small, int(width), device=job.device)
+                start = torch.empty(
+                    job.shape.batch, small, int(width), dtype=torch.float32, device=job.device
+                )
             start = start.contiguous()
         sent = [self.broadcast(part, owner) for part in (nearest, polar, start) if part is not None]
         return Projected(nearest, int(rank), energy, polar, start), sent

@@ -18,6 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -283,9 +284,11 @@ def _by_iteration(
                 done[index] = found
                 continue
             # every step gains about as much as the last: will the steps left be enough?
-            gained = found / missed.get(index, math.inf)
+            last = missed.get(index, math.inf)
+            gained = min(found / last, 2.0) if last else math.inf
             missed[index] = found if found * gained ** (STEPS - step) < 1 else math.inf
-        if all(index in done or missed[index] == math.inf for index, _ in parts) and step > 1:
+        open_ = [index for index, _ in parts if index not in done]
+        if not open_ or (step > 1 and all(missed[index] == math.inf for index in open_)):
             break
         if step < STEPS:
             subspace.refine()
@@ -322,14 +325,16 @@ def _by_decomposition(
         spectrum = Spectrum(decomposition.values, job.shape)
         rank = job.rank if isinstance(job.rank, int) else job.rank(spectrum)
         full = rank == job.shape.max_rank
+        size = _start_size(job, rank)
         if not double and not full and not decomposition.keeps(rank):
             # eigenvectors that fp32 has spoilt are still a good start
-            subspace = Subspace(decomposition.matrix, decomposition.start(rank, rough=True))
-            done = _by_iteration({0: replace(job, rank=rank)}, [(0, slice(None))], subspace)
+            subspace = Subspace(decomposition.matrix, decomposition.start(size or rank, rough=True))
+            # a rule has chosen, and its job goes on to follow some directions more
+            chosen = replace(job, rank=rank if size in (None, rank) else partial(_same, rank))
+            done = _by_iteration({0: chosen}, [(0, slice(None))], subspace)
             if done:
                 yield index, done[0]
                 continue
-        size = _start_size(job, rank)
         yield (
             index,
             Projected(
@@ -341,6 +346,10 @@ def _by_decomposition(
                 start=None if size is None else decomposition.start(size),
             ),
         )
+
+
+def _same(rank: int, _: Spectrum) -> int:
+    return rank
 
 
 def _start_size(job: Job, rank: int) -> int | None:

@@ -35,6 +35,7 @@ def export_onnx(
     dynamic_batch: bool = True,
     opset: int = OPSET,
     check: bool = True,
+    reference: nn.Module | None = None,
 ) -> float | None:
     """Write a network as ONNX, after comparing it with torch in ONNX Runtime.
 
@@ -50,6 +51,7 @@ def export_onnx(
         dynamic_batch: leave the batch open; False fixes it to the example's.
         opset: version of ONNX's operators.
         check: compare on batches of 1, 2 and 7, or on the example's alone where it is fixed.
+        reference: what to compare with, such as the model before `fold`; None for the model itself.
 
     Returns:
         The largest difference from torch, relative to the largest output; None without check.
@@ -78,7 +80,7 @@ def export_onnx(
             if check:
                 batches = CHECKED_BATCHES if dynamic_batch else (None,)
                 difference = max(
-                    onnx_difference(model, written, example_inputs, n) for n in batches
+                    onnx_difference(reference or model, written, example_inputs, n) for n in batches
                 )
                 if not difference <= TOLERANCE:
                     raise ExportError(

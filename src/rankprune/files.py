@@ -85,6 +85,8 @@ def commit(temporary: Path, path: Path) -> None:
     with open(temporary, "rb+") as stream:
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+    if fcntl is None:
+        return  # Windows opens no folders
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -91,10 +91,17 @@ def _pairs(model: nn.Module, inputs: ExampleInputs) -> list[tuple[str, str]]:
         if not name or len(tensor.users) > 1:
             continue
         source = node.args[0]
+        # BatchNorm looks at the second dimension, which is not always a linear layer's outputs
+        if operator == "aten::batch_norm" and _is_linear(source) and source.meta["val"].dim() != 2:
+            continue
         if source in names and len(source.users) == 1:
             pairs.append((names[source], name))
         names[node] = name
     return pairs
+
+
+def _is_linear(node: Any) -> bool:
+    return getattr(getattr(node.target, "_schema", None), "name", "") == "aten::linear"
 
 
 def _merged(first: nn.Module, second: nn.Module) -> nn.Module | None:

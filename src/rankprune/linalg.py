@@ -69,17 +69,20 @@ def check_finite(tensor: Tensor, name: str) -> None:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Products of fp32 in fp32, whatever the training has allowed (TF32, bf16).
+    """Products of fp32 in fp32, whatever the training has allowed (TF32, bf16, autocast).
 
-    The setting is the process's: what other threads compute meanwhile is as precise. It comes back
-    when the last of those that are inside leaves.
+    All but autocast is the process's: what other threads compute meanwhile is as precise. It comes
+    back when the last of those that are inside leaves.
     """
     with _setting:
         if not _restore:
             _restore.append(_forbid_reduced())
         _inside.append(None)
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
         with _setting:
             _inside.pop()

@@ -60,6 +60,11 @@ class TRP:
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.plan is None):
             raise ConfigError("TRP: give either rank=… (a rule or a Budget) or plan=…")
+        if self.plan is not None:
+            ignored = {"scheme": "auto", "overrides": None, "multiple_of": None}
+            for name, default in ignored.items():
+                if getattr(self, name) != default:
+                    raise ConfigError(f"TRP(plan=…, {name}=…): the plan has that; leave it out")
         for name, least in (("every", 1), ("start", 0), ("descent", 0), ("end", 0)):
             value = getattr(self, name)
             if value is None and name == "end":

@@ -22,7 +22,7 @@ from rankprune.latency import Clock, LatencyTable, Request
 from rankprune.overrides import ExactRank, Override, Settings, resolve
 from rankprune.plan import LayerPlan, Plan
 from rankprune.profile import ExampleInputs, count_params, profile
-from rankprune.ranks import RankRule
+from rankprune.ranks import RankRule, Spectrum
 from rankprune.runtimes import Runtime
 from rankprune.schemes import SCHEMES, Scheme, applicable, get_scheme
 from rankprune.survey import Site, survey
@@ -310,9 +310,10 @@ def _options(site: Site, wanted: Settings, *, guard: bool, multiple_of: int) -> 
     return [_by_rule(options, wanted.rank, guard=guard, multiple_of=multiple_of)]
 
 
-def round_rank(rank: int, multiple_of: int, max_rank: int) -> int:
-    """Round up to a multiple, at most the largest rank."""
-    return min(math.ceil(rank / multiple_of) * multiple_of, max_rank)
+def wanted_rank(rule: RankRule, spectrum: Spectrum, multiple_of: int, max_rank: int) -> int:
+    """What a rule selects, rounded up to a multiple where it is not exact; at most the largest."""
+    step = 1 if isinstance(rule, ExactRank) else multiple_of
+    return min(math.ceil(rule.select(spectrum) / step) * step, max_rank)
 
 
 def _by_rule(
@@ -322,7 +323,7 @@ def _by_rule(
     layers = []
     for option in options:
         spectrum, kept, _ = option.site.assess(option.scheme)
-        rank = round_rank(rule.select(spectrum), multiple_of, option.max_rank)
+        rank = wanted_rank(rule, spectrum, multiple_of, option.max_rank)
         layers.append((option, option.at(rank, str(rule), float(kept[rank - 1]))))
     option, best = min(layers, key=lambda pair: (pair[1].flops or 0, pair[1].params))
     return Option(option.guarded(best) if guard else best, 0.0)

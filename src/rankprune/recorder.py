@@ -78,12 +78,14 @@ class Recorder:
         for site in self.sites:
             # a tied weight has several outputs, and one mean of all inputs
             if site.spec is not None and not site.spec.bias and not site.tied:
-                leave = functools.partial(self._leave, site.name)
+                leave = functools.partial(self._leave, site.name, site.spec.dims)
                 self._hooks.callback(site.module.register_forward_hook(leave).remove)
 
-    def _leave(self, name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+    def _leave(self, name: str, dims: int, _: nn.Module, __: Any, output: Tensor) -> None:
         self._calls[name] += 1
-        self._output = name, output, _version(output)
+        # of [B, T, C] BatchNorm takes the T for channels
+        if dims or output.dim() == 2:
+            self._output = name, output, _version(output)
 
     def _enter_norm(self, norm: str, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._calls[norm] += 1

@@ -301,8 +301,8 @@ def random_start(matrix: Tensor, size: int, seed: int = 0) -> Tensor:
         [batch, min(rows, cols), k], fp32.
     """
     small = min(matrix.shape[-2:])
-    generator = torch.Generator().manual_seed(seed)
-    gaussian = torch.randn(small, size, generator=generator).to(matrix.device)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    gaussian = _normal(small, size, generator).to(matrix.device)
     return gaussian.expand(*matrix.shape[:-2], small, size)
 
 
@@ -319,10 +319,13 @@ def newton_schulz(matrix: Tensor, tolerance: float = 1e-6, most: int = 60) -> Te
         most: largest number of steps.
     """
     tall = matrix.shape[-2] >= matrix.shape[-1]
-    x = matrix if tall else matrix.mT
+    tiny = torch.finfo(matrix.dtype).tiny
+    # squares of very small entries would vanish, those of very large ones overflow
+    x = matrix / matrix.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
+    x = x if tall else x.mT
     # σ₁ ≤ the root of the largest row sum of |XᵀX|
     largest = (x.mT @ x).abs().sum(-1).amax(-1).sqrt()
-    x = x / largest.clamp_min(torch.finfo(x.dtype).tiny)[..., None, None]
+    x = x / largest.clamp_min(tiny)[..., None, None]
     for step in range(most):
         update = 1.5 * x - 0.5 * (x @ (x.mT @ x))
         change, x = update - x, update
@@ -368,8 +371,12 @@ def _inverse_root(gram: Tensor, zero: float) -> Tensor:
 @lru_cache(maxsize=256)
 def gaussian(rows: int, device: torch.device) -> Tensor:
     """Gaussian vectors, the same on every device: [rows, PROBES], fp32."""
-    vectors = torch.randn(rows, PROBES, generator=torch.Generator().manual_seed(rows))
-    return vectors.to(device)
+    return _normal(rows, PROBES, torch.Generator("cpu").manual_seed(rows)).to(device)
+
+
+def _normal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """The same whatever the default dtype and device are."""
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _column_norms(matrix: Tensor) -> Tensor:

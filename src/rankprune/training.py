@@ -27,11 +27,12 @@ from rankprune.factorize import check_plan
 from rankprune.layers import LayerSpec
 from rankprune.options import TRP
 from rankprune.plan import LayerPlan, Plan
-from rankprune.planner import as_table, make_plan, multiple, rank_rules, realise, round_rank
-from rankprune.profile import ExampleInputs
-from rankprune.ranks import RankRule, Spectrum
+from rankprune.planner import as_table, make_plan, multiple, rank_rules, realise, wanted_rank
+from rankprune.profile import ExampleInputs, profile
+from rankprune.ranks import RankRule, Ratio, Spectrum
 from rankprune.schemes import SCHEMES, get_scheme
 from rankprune.sharded import full_tensor, local_part, reshard
+from rankprune.survey import survey
 from rankprune.targets import Target, carry_out, check_weights
 
 # How often a descending budget is spent anew as the spectra move.
@@ -55,6 +56,8 @@ class Controller:
         process_group: the processes that train this model together, where the model does not tell
             (it does when it is wrapped by DistributedDataParallel or sharded by `fully_shard`).
             Each then decomposes a part of the matrices.
+        state: of another controller, to go on from; a budget is then not planned, nor measured,
+            anew.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Controller:
         *,
         example_inputs: ExampleInputs | None = None,
         process_group: Any = None,
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         reshard(model)
         self.team = Team.of(model, process_group)
@@ -85,7 +89,10 @@ class Controller:
         self._rules: dict[str, RankRule] = {}
         if isinstance(options.rank, RankRule):
             self._rules = rank_rules(self.model, options.rank, overrides=options.overrides)
-        self._adopt(self._first_plan())
+        if state is None or not isinstance(options.rank, Budget):
+            self._adopt(self._first_plan())
+        if state is not None:
+            self.load_state_dict(state)
 
     # -- the two verbs ---------------------------------------------------------------------------
 
@@ -159,7 +166,6 @@ class Controller:
         """
         if self._finished is not None:
             return self._finished
-        self.detach()
         options = self.options
         reshard(self.model)  # a forward pass may have come since the last step
         check_weights(self._targets, self.team)
@@ -180,6 +186,7 @@ class Controller:
         for target in self._targets:
             if plan[target.name].rank is None:
                 local_part(target.weight).copy_(before[target.name])
+        self.detach()
         self._finished = plan
         return plan
 
@@ -202,7 +209,10 @@ class Controller:
         return {t.name: t.energy for t in self._targets if t.energy is not None}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, as plain numbers, strings and tensors."""
+        """Everything that a resumed run needs, as plain numbers, strings and tensors.
+
+        All processes must ask for that of a sharded model.
+        """
         return {
             "version": 1,
             "step": self.step,
@@ -233,7 +243,11 @@ class Controller:
         if version != 1:
             raise ConfigError(f"controller state of version {version!r}; this rankprune reads 1")
         trained = {target.name for target in self._targets}
-        if not isinstance(self.options.rank, Budget) and trained != set(layers):
+        known = isinstance(self.options.rank, Budget) or trained == set(layers)
+        if self.options.plan is not None:
+            planned = {target.name: target.scheme.name for target in self._targets}
+            known &= planned == {name: item.get("scheme") for name, item in layers.items()}
+        if not known:
             raise ConfigError("controller state: it was taken with other layers or options")
         modules = dict(self.model.named_modules())
         targets = []
@@ -252,6 +266,7 @@ class Controller:
             target.start = None if start is None else start.to(device)
             targets.append(target)
         self.step, self._replans, self._targets = step, replans, targets
+        self._finished = None
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -259,6 +274,8 @@ class Controller:
         options = self.options
         if options.plan is not None:
             check_plan(self.model, options.plan.factorized)
+            if self.example_inputs is not None:
+                profile(self.model, self.example_inputs)  # what fails at the end fails now
             return options.plan.factorized
         if isinstance(options.rank, Budget):
             layers = self._plan_for(options.rank)  # also where it descends: fail early
@@ -325,7 +342,7 @@ class Controller:
             rule = self._rules[target.name]
 
             def rank(spectrum: Spectrum) -> int:
-                return round_rank(rule.select(spectrum), self._multiple, shape.max_rank)
+                return wanted_rank(rule, spectrum, self._multiple, shape.max_rank)
 
             leading = rule.reads == "leading"
             if rule.reads == "shape":
@@ -390,6 +407,18 @@ def project(model: nn.Module, plan: Plan) -> None:
     """
     controller = Controller(model, TRP(plan=plan, guard=False))
     controller.project()
+
+
+def trainable(model: nn.Module, options: TRP) -> dict[str, nn.Parameter]:
+    """The weights that options project, by layer; under a budget those that they may project."""
+    if options.plan is not None:
+        names = {layer.name for layer in options.plan.factorized}
+    else:
+        # which layers an override leaves dense does not depend on the rule
+        wanted = rank_rules(model, Ratio(1.0), overrides=options.overrides)
+        names = {site.name for site in survey(model) if not site.obstacle and site.name in wanted}
+    weights = {name: module.weight for name, module in model.named_modules() if name in names}
+    return {name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter)}
 
 
 def unwrap(model: nn.Module) -> nn.Module:

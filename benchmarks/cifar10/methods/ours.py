@@ -8,7 +8,7 @@ from case import Case, Method, Result, train_low_rank
 from loop import labels_only, train
 
 import rankprune as rp
-from rankprune.recipes.config import SOFT, TrainConfig
+from rankprune.recipes.config import MATCH, SOFT, TrainConfig
 from rankprune.recipes.teacher import TEMPERATURE
 
 DEFAULT = TrainConfig.model_fields
@@ -23,7 +23,7 @@ def ours(
     every: int = DEFAULT["every"].default,
     nuclear: float = DEFAULT["nuclear"].default,
     nuclear_mode: str = DEFAULT["nuclear_mode"].default,
-    match: float = DEFAULT["match"].default,
+    match: float = MATCH,
     plan: Callable[[Case], rp.Plan] | None = None,
     after_attach: Callable[[rp.Controller], None] | None = None,
     answers: float = SOFT,

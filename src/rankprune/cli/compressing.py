@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +40,7 @@ from rankprune.cli.shared import (
     read_target,
     require_new,
 )
-from rankprune.errors import ConfigError
+from rankprune.errors import ConfigError, NumericsError
 
 if TYPE_CHECKING:
     from rankprune.report import Report
@@ -53,7 +54,7 @@ Calib = Annotated[
 ]
 Samples = Annotated[
     int | None,
-    typer.Option(help="Images (512) or windows of text (128) to calibrate with."),
+    typer.Option(min=1, help="Images (512) or windows of text (128) to calibrate with."),
 ]
 
 
@@ -85,7 +86,9 @@ def compress(
     image_size: ImageSize = None,
     calib: Calib = None,
     samples: Samples = None,
-    window: Annotated[int, typer.Option(help="Tokens in a window of text.")] = 1024,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="hf: tokens in a window of text (1024).")
+    ] = None,
     blockwise: Annotated[
         bool,
         typer.Option(
@@ -110,7 +113,8 @@ def compress(
         if not dry_run:
             recipe.require_free(out, force=force)
         if weights is not None and weights.startswith(hf.PREFIX):
-            _only_for_images(
+            _refuse(
+                "is not for hf: models",
                 model=model,
                 scheme=scheme,
                 latency=latency,
@@ -119,10 +123,17 @@ def compress(
                 input_size=input_size,
                 classes=classes,
                 multiple_of=multiple_of,
+                threads=threads,
+                image_size=image_size,
+                batch=None if batch == 1 else batch,
             )
             text = _read_text(calib)
             folder = Path(weights.removeprefix(hf.PREFIX))
-            options: dict[str, Any] = {"text": text, "window": window, "windows": samples or 128}
+            options: dict[str, Any] = {
+                "text": text,
+                "window": window or 1024,
+                "windows": samples or 128,
+            }
             if streaming:
                 show(*_stream(folder, out, target, options, dry_run=dry_run))
                 return
@@ -137,9 +148,17 @@ def compress(
                 _write_report(out, report)
             show(report.to_dict(), f"{plan}\n\n" + "\n".join(report.totals()))
             return
-        images = read_images(data, data_root, download, image_size)
+        _refuse(
+            "is for hf: models",
+            window=window,
+            blockwise=blockwise or None,
+            streaming=streaming or None,
+        )
+        file = None if weights is None else Path(weights)
+        view = recipe.recorded(file)
+        images = read_images(data, data_root, download, image_size, view)
         source = recipe.open_source(
-            None if weights is None else Path(weights),
+            file,
             model=model,
             shape=read_shape(input_size),
             classes=classes,
@@ -154,7 +173,9 @@ def compress(
             runtime=table,
             batch=batch,
             data=images,
-            calib=images if calib == data else read_images(calib, data_root, download, image_size),
+            calib=images
+            if calib == data
+            else read_images(calib, data_root, download, image_size, view),
             samples=samples or 512,
         )
         if not dry_run:
@@ -178,7 +199,11 @@ def _stream(
     if dry_run or options["text"] is None:
         raise ConfigError("--streaming needs --calib text:FILE, and plans only as it writes")
     plan = compress_streaming(
-        folder, out, target, **options, progress=lambda name: err.print(f"{name} is done")
+        folder,
+        out,
+        target,
+        **options,
+        progress=lambda name: err.print(f"{name} is done", markup=False),
     )
     return json.loads(plan.to_json()), str(plan)
 
@@ -188,10 +213,10 @@ def _count_windows(done: int) -> None:
         err.print(f"calibrated with {done} windows", end="\r")
 
 
-def _only_for_images(**options: Any) -> None:
+def _refuse(why: str, **options: Any) -> None:
     given = next((name for name, value in options.items() if value is not None), None)
     if given is not None:
-        raise ConfigError(f"--{given.replace('_', '-')} is not for hf: models")
+        raise ConfigError(f"--{given.replace('_', '-')} {why}")
 
 
 def _read_text(calib: str | None) -> Path | None:
@@ -219,13 +244,15 @@ def evaluate(
         import torch
 
         from rankprune.profile import count_bytes, profile
-        from rankprune.recipes.compress import normalised_as, open_source
+        from rankprune.recipes.compress import normalised_as, open_source, recorded
         from rankprune.recipes.evaluate import evaluate as measure
 
         if part not in ("test", "val", "train"):
             raise ConfigError(f"--part {part!r}: test, val or train")
-        images = read_images(data, data_root, download, image_size)
-        assert images is not None
+        metadata = recorded(weights)
+        images = read_images(data, data_root, download, image_size, metadata)
+        if part != "test" and "val_fraction" not in metadata:
+            err.print("which images were kept back from training is not recorded: a tenth is taken")
         source = open_source(weights, model=model, data=images)
         images = normalised_as(images, source.metadata)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -233,6 +260,8 @@ def evaluate(
         result: dict[str, Any] = dict(
             measure(network, getattr(images, part), images, device=device)
         )
+        if not math.isfinite(result["loss"]):
+            raise NumericsError(f"{weights}: the loss is {result['loss']}; the weights are no use")
         cost = profile(network, source.example_inputs().to(device))
         result |= {"params": cost.params, "flops": cost.flops, "bytes": count_bytes(network)}
         show(
@@ -288,7 +317,7 @@ def inspect(
             parts.append(str(plan))
         if plot is not None:
             recipe.plot_spectra(rows, plot)
-            err.print(f"spectra drawn into {plot}")
+            err.print(f"spectra drawn into {plot}", markup=False, soft_wrap=True)
         show(document, *parts)
 
 

@@ -22,6 +22,7 @@ from rankprune.cli.shared import (
     read_shape,
     require_new,
 )
+from rankprune.errors import ConfigError, FileError
 
 
 @app.command()
@@ -44,7 +45,12 @@ def report(
         if html is not None:
             require_new(html, force=force)
         documents = dict(zip(_run_names(runs), map(read_report, runs), strict=True))
-        reports = {name: Report.from_dict(document) for name, document in documents.items()}
+        reports: dict[str, Report] = {}
+        for name, document in documents.items():
+            try:
+                reports[name] = Report.from_dict(document)
+            except FileError as error:
+                raise FileError(f"{name}: {error}") from None
         if html is not None:
             from rankprune.files import write_atomically
             from rankprune.html import to_html
@@ -63,6 +69,7 @@ def bench(
     model: Model = None,
     input_size: InputSize = None,
     batch: Batch = 1,
+    classes: Classes = None,
     threads: Threads = None,
     backend: Annotated[
         list[str] | None,
@@ -77,7 +84,7 @@ def bench(
         from rankprune.recipes.bench import bench_table
         from rankprune.recipes.compress import open_source
 
-        source = open_source(weights, model=model, shape=read_shape(input_size))
+        source = open_source(weights, model=model, shape=read_shape(input_size), classes=classes)
         result = measure(
             source.model,
             example_inputs=source.example_inputs(batch),
@@ -86,6 +93,10 @@ def bench(
             seconds=seconds,
             note=lambda text: err.print(text, markup=False, soft_wrap=True),
         )
+        if not result["backends"]:
+            raise ConfigError(
+                "nothing was measured: every backend was left out, for the reasons above"
+            )
         show(result, bench_table(result))
 
 
@@ -98,7 +109,7 @@ def export(
     classes: Classes = None,
     opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators.")] = None,
     batch: Annotated[
-        int | None, typer.Option(help="Fix the batch to this; none leaves it open.")
+        int | None, typer.Option(min=1, help="Fix the batch to this; none leaves it open.")
     ] = None,
     force: Force = False,
     as_json: Json = False,
@@ -114,7 +125,12 @@ def export(
         inputs = source.example_inputs(batch or 1)
         network = fold(source.model, example_inputs=inputs)
         difference = export_onnx(
-            network, out, example_inputs=inputs, dynamic_batch=batch is None, opset=opset or OPSET
+            network,
+            out,
+            example_inputs=inputs,
+            dynamic_batch=batch is None,
+            opset=opset or OPSET,
+            reference=source.model,
         )
         size = out.stat().st_size
         document = {

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -67,8 +67,8 @@ Backend = Annotated[
     str | None,
     typer.Option(help="Measure layers there: onnxruntime, openvino, compile or eager."),
 ]
-Threads = Annotated[int | None, typer.Option(help="Threads of an operator when measuring.")]
-Batch = Annotated[int, typer.Option(help="Examples in a call when measuring.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of an operator when measuring.")]
+Batch = Annotated[int, typer.Option(min=1, help="Examples in a call when measuring.")]
 Scheme = Annotated[
     str | None, typer.Option(help="channel, spatial, decoupled, linear, or auto (the default).")
 ]
@@ -88,9 +88,9 @@ Data = Annotated[
 ]
 DataRoot = Annotated[str, typer.Option(help="Where torchvision's data sets lie.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch a missing data set.")]
-ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels.")]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels.")]
 InputSize = Annotated[str | None, typer.Option(help="Shape of an input, such as 3x224x224.")]
-Classes = Annotated[int | None, typer.Option(help="Number of the model's outputs.")]
+Classes = Annotated[int | None, typer.Option(min=1, help="Number of the model's outputs.")]
 Weights = Annotated[
     Path | None,
     typer.Argument(
@@ -179,12 +179,23 @@ def require_new(path: Path, *, force: bool) -> None:
         raise FileError(f"{path}: exists already; choose another name or add --force")
 
 
-def read_images(name: str | None, root: str, download: bool, size: int | None) -> Any:
+def read_images(
+    name: str | None,
+    root: str,
+    download: bool,
+    size: int | None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Any:
+    """A data set, as the one that a saved model was trained on where its metadata tell."""
+    from rankprune.recipes.compress import recorded_view
     from rankprune.recipes.data import load_data
 
     if name is None:
         return None
-    return load_data(name, root=root, download=download, image_size=size)
+    view = recorded_view(metadata or {})
+    if size is not None:
+        view["image_size"] = size
+    return load_data(name, root=root, download=download, **view)
 
 
 def read_shape(text: str | None) -> tuple[int, int, int] | None:

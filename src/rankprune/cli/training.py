@@ -161,7 +161,8 @@ def _options(flags: dict[str, Any], config: Path | None, preset: str | None) -> 
 
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"unknown preset {preset!r}; {near(preset, PRESETS)}")
-    file = read_yaml(config) if config is not None else {}
+    # typed by the user, who may have linked it
+    file = read_yaml(config.resolve()) if config is not None else {}
     name = file.get("model")
     if "model" not in flags and isinstance(name, str) and not is_trusted_name(name):
         raise ConfigError(

@@ -18,11 +18,8 @@ from rankprune.attach import attach
 from rankprune.errors import ConfigError, MissingExtraError
 from rankprune.options import TRP
 from rankprune.plan import Plan
-from rankprune.planner import rank_rules
 from rankprune.profile import ExampleInputs
-from rankprune.ranks import Ratio
-from rankprune.survey import survey
-from rankprune.training import Controller
+from rankprune.training import Controller, trainable
 
 
 def _framework() -> Any:
@@ -125,8 +122,7 @@ class RankPruneCallback(_Callback):
             _optimizer(pl_module, trainer.optimizers, self.options),
             self.options,
             example_inputs=self.example_inputs,
-            # the module is bare; only the strategy knows that DDP wraps it
-            process_group=torch.distributed.group.WORLD if trainer.world_size > 1 else None,
+            process_group=_group(trainer),
             state=self._state,
         )
         self._state = None
@@ -142,8 +138,13 @@ class RankPruneCallback(_Callback):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Finish a resumed run in which no step was left; Lightning starts no training for it."""
         if self.plan is None and self.controller is None and self._state is not None:
-            controller = Controller(pl_module, self.options, example_inputs=self.example_inputs)
-            controller.load_state_dict(self._state)
+            controller = Controller(
+                pl_module,
+                self.options,
+                example_inputs=self.example_inputs,
+                process_group=_group(trainer),
+                state=self._state,
+            )
             self.plan = controller.finish()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -156,18 +157,16 @@ class RankPruneCallback(_Callback):
             self.controller.detach()
 
 
+def _group(trainer: Any) -> Any:
+    """The module is bare; only the strategy knows that DDP wraps it."""
+    return torch.distributed.group.WORLD if trainer.world_size > 1 else None
+
+
 def _optimizer(
     model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], options: TRP
 ) -> torch.optim.Optimizer:
     """The one whose steps are counted: it holds the weights that are to be factorised."""
-    if options.plan is not None:
-        names = {layer.name for layer in options.plan.factorized}
-    else:
-        # which layers an override leaves dense does not depend on the rule
-        wanted = rank_rules(model, Ratio(1.0), overrides=options.overrides)
-        names = {site.name for site in survey(model) if not site.obstacle and site.name in wanted}
-    modules = dict(model.named_modules())
-    weights = {id(modules[name].weight) for name in names if name in modules}
+    weights = {id(weight) for weight in trainable(model, options).values()}
     holders = [
         optimizer
         for optimizer in optimizers

@@ -101,7 +101,8 @@ def compress_streaming(
 
     Args:
         folder: what save_pretrained wrote, with its tokenizer.
-        out: an empty or new folder; `from_pretrained` reads it as in `integrations.huggingface`.
+        out: a folder, in which files of the same names are replaced; `from_pretrained` reads it as
+            in `integrations.huggingface`.
         target: a rule, or a budget of parameters that every block has to keep by itself.
         text: a plain text file to calibrate with.
         window: tokens in a window.
@@ -166,6 +167,7 @@ def compress_streaming(
         if (folder / _GENERATION).is_file():
             shutil.copyfile(folder / _GENERATION, out / _GENERATION)
         # last, since it is what makes the folder a model
+        (out / SINGLE).unlink(missing_ok=True)  # an earlier model's, which would be read instead
         index = {"metadata": {}, "weight_map": written}
         write_atomically(out / INDEX, json.dumps(index, indent=1).encode())
     return plan

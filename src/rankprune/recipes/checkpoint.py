@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rankprune.errors import FileError
-from rankprune.files import read_bytes, write_atomically
+from rankprune.files import read_bytes, reporting, write_atomically
 
 _MAGIC = b"rankprune checkpoint 1\n"
 _MAX_BYTES = 2**40
@@ -57,6 +57,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a file begins as a checkpoint does."""
-    with open(path, "rb") as stream:
+    """Whether there is a file that begins as a checkpoint does."""
+    if not path.is_file():
+        return False
+    with reporting(path, "read"), open(path, "rb") as stream:
         return stream.read(len(_MAGIC)) == _MAGIC

@@ -14,7 +14,7 @@ from torch import nn
 from rankprune.budget import Budget
 from rankprune.calibrate import calibrate, recalibrate_bn
 from rankprune.errors import ConfigError, FileError
-from rankprune.factorize import factorize, low_rank_layers
+from rankprune.factorize import factorize
 from rankprune.latency import LatencyTable
 from rankprune.plan import Plan
 from rankprune.planner import make_plan
@@ -23,7 +23,7 @@ from rankprune.recipes.batches import Normalise, eval_batches
 from rankprune.recipes.data import ImageData, Subset
 from rankprune.recipes.evaluate import evaluate
 from rankprune.recipes.models import build_model, is_trusted_name
-from rankprune.recipes.weights import load_weights, read_state_dict
+from rankprune.recipes.weights import load_weights, read_state_dict, require_dense
 from rankprune.report import Report, report
 from rankprune.schemes import Scheme, applicable
 from rankprune.serialize import read_plan
@@ -70,19 +70,18 @@ def open_source(
             the model library's pretrained weights.
         model: its name; a saved folder knows it, unless it is the user's own function.
         shape: C, H, W of an input image; a saved folder or the data set knows it.
-        classes: number of outputs; a saved folder or the data set knows it, else it is read off
-            the weights' last bias.
+        classes: number of outputs; a saved folder or the data set knows it, else it is the length
+            of the model's last bias in the weights, else the model's own.
         data: the data set that goes with it, if any.
 
     Raises:
         ConfigError: the name or the shape is not known.
         FileError: the weights are missing, damaged, or another model's.
     """
-    metadata: dict[str, Any] = {}
-    if weights is not None and weights.is_dir():
-        metadata = dict(read_plan(weights).metadata)
+    metadata = recorded(weights)
     name = model or _recorded_name(metadata, weights)
     if data is not None:
+        _check_alike(data, metadata, shape, classes)
         shape, classes = data.shape, len(data.classes)
     shape = shape or _recorded_shape(metadata, weights)
     if classes is None and isinstance(metadata.get("classes"), list):
@@ -90,13 +89,13 @@ def open_source(
     if classes is None and type(metadata.get("outputs")) is int:
         classes = metadata["outputs"]
     if classes is None and weights is not None and weights.is_file():
-        classes = _last_bias(weights)
-    network = build_model(
-        name, classes=classes or 1000, channels=shape[0], pretrained=weights is None
-    )
+        classes = _outputs(name, shape[0], weights)
+    network = build_model(name, classes=classes, channels=shape[0], pretrained=weights is None)
     if weights is not None:
         network = load_weights(network, weights)
-    metadata |= {"model": name, "shape": list(shape), "outputs": classes or 1000}
+    metadata |= {"model": name, "shape": list(shape)}
+    if classes is not None:
+        metadata["outputs"] = classes
     if data is not None:
         data = normalised_as(data, metadata)
         metadata |= {
@@ -105,6 +104,53 @@ def open_source(
             "std": list(data.std),
         }
     return Source(network.eval(), shape, metadata)
+
+
+def recorded(weights: Path | None) -> dict[str, Any]:
+    """What a saved folder tells of its model; nothing of other weights.
+
+    Raises:
+        FileError: there is no such file or folder, or its plan is damaged.
+    """
+    if weights is None:
+        return {}
+    if not weights.exists():
+        raise FileError(f"{weights}: no such file or folder")
+    return dict(read_plan(weights).metadata) if weights.is_dir() else {}
+
+
+def recorded_view(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """How the data set was read that a saved model was trained on: arguments for `load_data`."""
+    view: dict[str, Any] = {}
+    shape = metadata.get("shape")
+    if isinstance(shape, list) and len(shape) == 3 and type(shape[1]) is int and shape[1] > 0:
+        view["image_size"] = shape[1]
+    fraction, seed = metadata.get("val_fraction"), metadata.get("seed")
+    if isinstance(fraction, float) and 0 < fraction < 1 and type(seed) is int and seed >= 0:
+        view |= {"val_fraction": fraction, "seed": seed}
+    return view
+
+
+def _check_alike(
+    data: ImageData,
+    metadata: Mapping[str, Any],
+    shape: tuple[int, int, int] | None,
+    classes: int | None,
+) -> None:
+    """Refuse a data set that contradicts what was asked for, or the classes trained on."""
+    if shape is not None and shape != data.shape:
+        raise ConfigError(f"inputs of {shape} were asked for, and the data set's are {data.shape}")
+    if classes is not None and classes != len(data.classes):
+        raise ConfigError(
+            f"{classes} classes were asked for, and the data set has {len(data.classes)}"
+        )
+    known = metadata.get("classes")
+    if isinstance(known, list) and known != list(data.classes):
+        odd = next((str(name) for name in known if name not in data.classes), None)
+        raise ConfigError(
+            f"the model was trained on {len(known)} classes, the data set has {len(data.classes)}"
+            + (f"; {odd!r} is not among them" if odd else ", or in another order")
+        )
 
 
 def normalised_as(data: ImageData, metadata: Mapping[str, Any]) -> ImageData:
@@ -139,7 +185,7 @@ def compress(
         ConfigError: the source is factorised already.
         BudgetError: the budget cannot be met.
     """
-    _require_dense(source)
+    require_dense(source.model)
     inputs = source.example_inputs(batch)
     images = [] if calib is None else _some(normalised_as(calib, source.metadata), samples)
     stats = calibrate(source.model, images) if images else None
@@ -202,7 +248,7 @@ def inspect_layers(source: Source, scheme: str = "auto") -> list[dict[str, Any]]
         entropy; Roy and Vetterli 2007), "energy_90", "energy_98" and "evbmf" (ranks by these
         rules), and "values", the singular values. Layers that cannot be factorised have a "reason".
     """
-    _require_dense(source)
+    require_dense(source.model)
     rows: list[dict[str, Any]] = []
     for site in survey(source.model):
         row: dict[str, Any] = {"name": site.name, "type": type(site.module).__name__}
@@ -258,15 +304,6 @@ def _effective_rank(values: torch.Tensor) -> float:
     return float(torch.special.entr(share).sum().exp())
 
 
-def _require_dense(source: Source) -> None:
-    factorized = low_rank_layers(source.model)
-    if factorized:
-        raise ConfigError(
-            f"the model is factorised already ({len(factorized)} layers, such as "
-            f"{next(iter(factorized))!r}); give its dense weights"
-        )
-
-
 def _recorded_name(metadata: Mapping[str, Any], weights: Path | None) -> str:
     name = metadata.get("model")
     if not isinstance(name, str):
@@ -289,6 +326,9 @@ def _recorded_shape(metadata: Mapping[str, Any], weights: Path | None) -> tuple[
     )
 
 
-def _last_bias(path: Path) -> int | None:
-    vectors = [tensor for tensor in read_state_dict(path).values() if tensor.dim() == 1]
-    return len(vectors[-1]) if vectors else None
+def _outputs(name: str, channels: int, weights: Path) -> int | None:
+    """Number of the model's outputs by its weights: the length of its last bias there."""
+    model = build_model(name, classes=None, channels=channels).state_dict()
+    last = [key for key, tensor in model.items() if tensor.dim() == 1][-1:]
+    found = [vector for key, vector in read_state_dict(weights).items() if key in last]
+    return len(found[0]) if found and found[0].dim() == 1 else None

@@ -54,7 +54,7 @@ class TrainConfig(BaseModel):
             is what the run starts from (`pretrained`, `weights`), or the `baseline`. None takes
             0.9 where there is one, and 0 elsewhere.
         match: weight of the errors of the blocks' outputs, against the dense network's, where
-            `distill` is not 0.
+            `distill` is not 0. None takes 3.
         multiple_of: ranks are multiples of this.
         epochs: passes over the training part.
         batch_size: images of one optimizer step, over all processes.
@@ -101,7 +101,7 @@ class TrainConfig(BaseModel):
     nuclear_mode: Literal["gradient", "decoupled"] = "gradient"
     nuclear_when: Literal["projection", "step"] = "projection"
     distill: float | None = Field(default=None, ge=0, le=1)
-    match: float = Field(default=MATCH, ge=0)
+    match: float | None = Field(default=None, ge=0)
     multiple_of: int | None = Field(default=None, ge=1)
     epochs: int = Field(default=30, ge=1)
     batch_size: int = Field(default=128, ge=1)
@@ -143,7 +143,7 @@ class TrainConfig(BaseModel):
         """Weight of the dense network's answers in the loss.
 
         Raises:
-            ConfigError: `distill` is given, and there is no dense network to learn from.
+            ConfigError: `distill` or `match` is given, and there is nothing to learn from.
         """
         if self.method == "dense":
             return 0.0
@@ -153,7 +153,13 @@ class TrainConfig(BaseModel):
                 f"distill={self.distill}: there is no trained dense network to learn from; start "
                 "from weights (weights, pretrained), or train one beforehand (baseline)"
             )
-        return (SOFT if taught else 0.0) if self.distill is None else self.distill
+        soft = (SOFT if taught else 0.0) if self.distill is None else self.distill
+        if self.match and not soft:
+            raise ConfigError(
+                f"match={self.match} needs a dense network and its answers: start from weights "
+                "(weights, pretrained), or train one beforehand (baseline), with distill above 0"
+            )
+        return soft
 
 
 # The set-up of Xu et al. 2019, arXiv 1910.04576, section 4.1.
@@ -206,6 +212,7 @@ def parse_rule(text: str) -> RankRule:
     known = [*required, "fixed", *optional]
     if name not in known:
         raise ConfigError(f"unknown rank rule {name!r}; {near(name, known)}")
+    example = "8" if name == "fixed" else "0.5"
     try:
         if name == "fixed":
             return FixedRank(int(value))
@@ -215,7 +222,9 @@ def parse_rule(text: str) -> RankRule:
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"rank rule {text!r}: {name} needs a number, as in {name}:0.5") from None
+        raise ConfigError(
+            f"rank rule {text!r}: {name} needs a number, as in {name}:{example}"
+        ) from None
 
 
 def parse_latency(text: str | float | None) -> dict[str, float]:

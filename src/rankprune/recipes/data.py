@@ -86,7 +86,8 @@ class FileImages:
             if image.shape[1:] != (self.size, self.size):
                 raise FileError(
                     f"{path}: {image.shape[2]}×{image.shape[1]} pixels, others have "
-                    f"{self.size}×{self.size}; give image_size to bring them all to one"
+                    f"{self.size}×{self.size}; resize or remove it, or give another image_size, "
+                    "to which all are brought"
                 )
             return image
         if train:
@@ -158,16 +159,16 @@ def load_data(
             beside train/; or CLASS/IMAGE without parts, for all but training.
         root: where torchvision's data sets lie.
         download: fetch a torchvision data set that is missing.
-        image_size: side to which image files are brought; None takes the files' own where all are
-            alike, else 224. Files that have another size, or that do not fit in memory, are
-            decoded batch by batch and cropped at random to train.
+        image_size: side to which image files are brought, or of fake images; None takes the files'
+            own where all are alike, else 224. Files that have another size, or that do not fit in
+            memory, are decoded batch by batch and cropped at random to train.
         val_fraction: share of the training images that becomes the validation part.
         seed: of that split.
         stream: decode image files batch by batch, also where they would fit in memory. The images
             are the same.
 
     Raises:
-        ConfigError: unknown name.
+        ConfigError: unknown name, or an image_size that its images do not have.
         FileError: missing or empty folders, files that are no images.
     """
     kind, _, argument = name.partition(":")
@@ -181,6 +182,12 @@ def load_data(
         train, test, classes = _fake(image_size or 32)
     else:
         train, test, classes = _cifar(kind, root, download)
+    side = train.pixels.shape[-1]
+    if image_size not in (None, side):
+        raise ConfigError(
+            f"{name}: its images have {side}×{side} pixels; image_size={image_size} is for image "
+            "folders"
+        )
     fit, val = _split(train, val_fraction, seed)
     return _as_they_are(train, fit, val, test, classes, flip=kind != "digits")
 

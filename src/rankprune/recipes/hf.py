@@ -56,7 +56,12 @@ class LanguageModel:
     def example_inputs(self, tokens: int = 16) -> dict[str, torch.Tensor]:
         """Random tokens of one sequence, the same every time."""
         generator = torch.Generator().manual_seed(0)
-        size = self.model.config.get_text_config().vocab_size
+        size = getattr(self.model.config.get_text_config(), "vocab_size", None)
+        if size is None:
+            raise ConfigError(
+                f"{type(self.model).__name__} does not read text; compress it in Python, with "
+                "make_plan and factorize"
+            )
         return self._inputs(torch.randint(0, size, (1, tokens), generator=generator))
 
     def text(self, path: Path, *, window: int, windows: int) -> Iterator[dict[str, torch.Tensor]]:

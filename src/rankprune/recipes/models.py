@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,7 +15,7 @@ from rankprune.errors import ConfigError, MissingExtraError, near
 
 
 def build_model(
-    name: str, *, classes: int, channels: int = 3, pretrained: bool = False
+    name: str, *, classes: int | None, channels: int = 3, pretrained: bool = False
 ) -> nn.Module:
     """Build an image classifier.
 
@@ -21,7 +23,7 @@ def build_model(
         name: a pytorchcv name ("resnet20_cifar10"), "torchvision:NAME", "timm:NAME", "digits_cnn",
             or "package.module:function" for a function that returns a module. That function is
             called with those of the keywords num_classes, in_channels, pretrained that it takes.
-        classes: number of outputs.
+        classes: number of outputs; None for as many as the function makes by itself.
         channels: number of input channels.
         pretrained: load the library's weights, which must have that number of outputs.
 
@@ -30,14 +32,15 @@ def build_model(
         MissingExtraError: the library is not installed.
     """
     source, _, rest = name.partition(":")
-    options: dict[str, Any] = {"num_classes": classes, "in_channels": channels}
+    own = {} if classes is None else {"num_classes": classes}
+    options: dict[str, Any] = {**own, "in_channels": channels}
     try:
         if name == "digits_cnn":
             return _without_weights(digits_cnn, name, pretrained, options)
         if source == "torchvision" and rest:
-            return _torchvision(rest, classes, channels, pretrained)
+            return _torchvision(rest, own, channels, pretrained)
         if source == "timm" and rest:
-            return _timm(rest, classes, channels, pretrained)
+            return _timm(rest, own, channels, pretrained)
         if rest:
             return _own(source, rest, {**options, "pretrained": pretrained})
         return _pytorchcv(name, pretrained, options)
@@ -45,7 +48,8 @@ def build_model(
         raise
     except Exception as error:
         raise ConfigError(
-            f"model {name!r} cannot be built with {classes} classes and {channels} channels: "
+            f"model {name!r} cannot be built with {classes or 'its own'} classes and {channels} "
+            f"channels: "
             f"{type(error).__name__}: {error}"
         ) from error
 
@@ -102,7 +106,7 @@ def _pytorchcv(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Modul
     return model_provider.get_model(name, pretrained=pretrained, **options)
 
 
-def _torchvision(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
+def _torchvision(name: str, classes: dict[str, int], channels: int, pretrained: bool) -> nn.Module:
     try:
         from torchvision import models
     except ImportError:
@@ -110,20 +114,22 @@ def _torchvision(name: str, classes: int, channels: int, pretrained: bool) -> nn
     _check(name, models.list_models(module=models), "torchvision")
     if channels != 3:
         raise ConfigError(f"torchvision:{name} takes 3 channels, the data has {channels}")
-    return models.get_model(name, weights="DEFAULT" if pretrained else None, num_classes=classes)
+    return models.get_model(name, weights="DEFAULT" if pretrained else None, **classes)
 
 
-def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
+def _timm(name: str, classes: dict[str, int], channels: int, pretrained: bool) -> nn.Module:
     try:
         import timm
     except ImportError:
         raise MissingExtraError(f"model 'timm:{name}'", "timm", "vision") from None
     if not timm.is_model(name):
         raise ConfigError(f"unknown timm model {name!r}; {near(name, timm.list_models())}")
-    return timm.create_model(name, pretrained=pretrained, num_classes=classes, in_chans=channels)
+    return timm.create_model(name, pretrained=pretrained, in_chans=channels, **classes)
 
 
 def _own(module_name: str, function: str, options: dict[str, Any]) -> nn.Module:
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())  # a console script looks beside itself only
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:

@@ -30,7 +30,7 @@ from rankprune.recipes.train import (
     example_inputs,
     fit,
 )
-from rankprune.recipes.weights import load_weights
+from rankprune.recipes.weights import load_weights, require_dense
 from rankprune.report import Report, report
 from rankprune.serialize import save
 
@@ -79,7 +79,8 @@ def run(
     if resume and (folder / REPORT).exists():
         return Report.from_dict(read_report(folder))
     data = load(config)
-    preview(config, data)
+    if not (resume and (folder / CHECKPOINT).exists()):
+        preview(config, data)  # a budget in time must not be measured, and missed, half-way
     # every process checks the folder before the first one changes it, and trains after that
     state = process_state()
     state.wait_for_everyone()
@@ -107,11 +108,14 @@ def preview(config: TrainConfig, data: ImageData) -> Plan | None:
         ConfigError: options that cannot work with this data, model or device.
         BudgetError: the budget cannot be met.
     """
-    effective_precision(config.precision, process_state().device)
-    check_batch(data, config.batch_size, process_state().num_processes)
+    state = process_state()
+    effective_precision(config.precision, state.device)
+    check_batch(data, config.batch_size, state.num_processes)
     model = _model(config, data)
+    _check_answers(config, data, model)
     if config.method == "dense":
         return None
+    _check_runtime(config)
     return make_plan(
         model,
         config.target(),
@@ -120,6 +124,35 @@ def preview(config: TrainConfig, data: ImageData) -> Plan | None:
         multiple_of=config.multiple_of,
         runtime=config.runtime(),
     )
+
+
+def _check_answers(config: TrainConfig, data: ImageData, model: nn.Module) -> None:
+    """Some networks return more than logits while they are trained."""
+    model.train()
+    with torch.no_grad():
+        answers: Any = model(example_inputs(data, batch=2))
+    if not isinstance(answers, torch.Tensor):
+        raise ConfigError(
+            f"model {config.model!r} returns a {type(answers).__name__} in training, not logits; "
+            "give a function of yours that builds it without: --model package.module:function"
+        )
+
+
+def _check_runtime(config: TrainConfig) -> None:
+    """Refuse to measure where the training cannot."""
+    runtime, state = config.runtime(), process_state()
+    if runtime is None:
+        return
+    if state.num_processes > 1:
+        raise ConfigError(
+            f"latency and backend measure in one process, and this run has {state.num_processes}; "
+            "give flops or params, or train in one process"
+        )
+    if state.device.type != "cpu" and runtime.backend in ("eager", "compile"):
+        raise ConfigError(
+            f"backend={runtime.backend} would measure on the CPU while the run trains on "
+            f"{state.device}; give backend=onnxruntime or openvino"
+        )
 
 
 def load(config: TrainConfig) -> ImageData:
@@ -226,6 +259,8 @@ def saved_metadata(config: TrainConfig, data: ImageData) -> dict[str, Any]:
         "shape": list(data.shape),
         "mean": list(data.mean),
         "std": list(data.std),
+        "val_fraction": config.val_fraction,
+        "seed": config.seed,
     }
 
 
@@ -239,7 +274,10 @@ def _model(config: TrainConfig, data: ImageData) -> nn.Module:
         channels=data.shape[0],
         pretrained=config.pretrained,
     )
-    return model if config.weights is None else load_weights(model, Path(config.weights))
+    if config.weights is not None:
+        model = load_weights(model, Path(config.weights))
+        require_dense(model)
+    return model
 
 
 def _train(

@@ -22,7 +22,7 @@ from rankprune.options import TRP
 from rankprune.plan import Plan
 from rankprune.recipes.batches import Normalise, check_batch, train_batches
 from rankprune.recipes.checkpoint import read_checkpoint, write_checkpoint
-from rankprune.recipes.config import TrainConfig
+from rankprune.recipes.config import MATCH, TrainConfig
 from rankprune.recipes.data import ImageData
 from rankprune.recipes.evaluate import evaluate
 from rankprune.recipes.interrupt import Interrupted, catching_signals
@@ -118,7 +118,8 @@ class _Run:
         )
         self.steps = check_batch(data, config.batch_size, self.accelerator.num_processes)
         self.total = self.steps * config.epochs
-        self.switch = self.total - round(config.tail * self.total) if config.tail else None
+        tail = round(config.tail * self.total)
+        self.switch = max(1, self.total - tail) if tail else None
         if folder is not None and folder.is_dir() and self.accelerator.is_main_process:
             remove_stale(folder)
         checkpoint = self._checkpoint(model)
@@ -140,7 +141,9 @@ class _Run:
         if config.soft():
             assert teacher is not None
             teacher = teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self.teacher = Teacher(teacher, soft=config.soft(), match=config.match)
+            self.teacher = Teacher(
+                teacher, soft=config.soft(), match=MATCH if config.match is None else config.match
+            )
         self.step = 0
         self.records: list[dict[str, Any]] = []
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)

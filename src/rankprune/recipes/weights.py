@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.errors import FileError
+from rankprune.errors import ConfigError, FileError
+from rankprune.factorize import check_plan, factor_skeleton, low_rank_layers
+from rankprune.files import reporting
+from rankprune.plan import Plan
 from rankprune.recipes.checkpoint import is_checkpoint, read_checkpoint
 from rankprune.serialize import compare_shapes, load, read_tensors, shapes
 
@@ -22,12 +26,13 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     """Load weights into a freshly built model.
 
     Args:
-        model: the architecture; it is changed in place, once the file has been checked.
+        model: the dense architecture; it is changed in place, or a copy is, once the file has
+            been checked.
         path: a folder that `rankprune.save` wrote, a .safetensors file, a state dict written by
             torch.save (read without running code), or a training run's checkpoint.
 
     Returns:
-        The model; factorised where the folder holds a factorised one.
+        The model; factorised where the folder or the checkpoint holds a factorised one.
 
     Raises:
         FileError: missing, damaged, refused, or weights of another model.
@@ -35,9 +40,28 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     if path.is_dir():
         return load(model, path)
     state = read_state_dict(path)
-    compare_shapes(shapes(model.state_dict()), shapes(state), str(path))
-    model.load_state_dict(state)
-    return model
+    expected = model
+    if (plan := _plan_of_checkpoint(path)) is not None:
+        expected = copy.deepcopy(model)
+        check_plan(expected, plan.factorized)
+        factor_skeleton(expected, plan.factorized)
+    compare_shapes(shapes(expected.state_dict()), shapes(state), str(path))
+    expected.load_state_dict(state)
+    return expected
+
+
+def require_dense(model: nn.Module) -> None:
+    """Refuse a factorised model.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    factorized = low_rank_layers(model)
+    if factorized:
+        raise ConfigError(
+            f"the model is factorised already ({len(factorized)} layers, such as "
+            f"{next(iter(factorized))!r}); give its dense weights"
+        )
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -49,7 +73,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     state: Any
     if path.suffix == ".safetensors":
         state = read_tensors(path)
-    elif path.is_file() and is_checkpoint(path):
+    elif is_checkpoint(path):
         state = read_checkpoint(path).get("model")
     else:
         state = _torch_file(path)
@@ -67,7 +91,10 @@ def _torch_file(path: Path) -> Any:
     if not path.is_file():
         raise FileError(f"{path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with reporting(path, "read"):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileError:
+        raise
     except pickle.UnpicklingError as error:
         raise FileError(
             f"{path}: refused, since reading it would run code from the file "
@@ -78,7 +105,15 @@ def _torch_file(path: Path) -> Any:
         raise FileError(f"{path}: not a torch state dict: {reason}") from None
 
 
+def _plan_of_checkpoint(path: Path) -> Plan | None:
+    """Of a run that trains its factors by now."""
+    if path.suffix == ".safetensors" or not is_checkpoint(path):
+        return None
+    text = read_checkpoint(path).get("plan")
+    return Plan.from_json(text) if isinstance(text, str) else None
+
+
 def _plain(key: str) -> str:
-    for prefix in _WRAPPERS:
+    while (prefix := next(filter(key.startswith, _WRAPPERS), None)) is not None:
         key = key.removeprefix(prefix)
     return key
