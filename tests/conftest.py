@@ -30,7 +30,9 @@ def seeded() -> Iterator[None]:
     torch.manual_seed(0)
     dtype = torch.get_default_dtype()
     yield
-    assert torch.get_default_dtype() is dtype
+    found = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # or all other tests would run in it
+    assert found is dtype
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

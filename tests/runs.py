@@ -35,6 +35,8 @@ def in_child(call: Callable[[], Any]) -> int:
         return child
     code: Any = 1
     try:
+        # torch mends its thread pool at its first call after a fork, and not if threads race to it
+        torch.set_num_threads(torch.get_num_threads())
         call()
         code = 0
     except SystemExit as end:
@@ -45,6 +47,11 @@ def in_child(call: Callable[[], Any]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def apart(call: Callable[[], Any]) -> None:
+    """Check something in a forked process: after torch.compile no fork computes gradients."""
+    assert exit_code(in_child(call)) == 0
 
 
 def command_line(*args: object) -> None:

@@ -150,3 +150,25 @@ def test_hugging_face(family: str) -> None:
         compact = rp.factorize_blocks(model, plan, inputs)(**inputs[0])[0]
     assert (compact - expected).norm() < (plain - expected).norm()
     assert model.config.use_cache is config.use_cache
+
+
+class InPlace(Residual):
+    def forward(self, hidden: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        hidden += scale * self.down(torch.relu(self.up(hidden)))
+        return hidden
+
+
+def test_blocks_that_change_their_input_see_it_once() -> None:
+    expected, found = [], []
+    for kind, states in ((Residual, expected), (InPlace, found)):
+        model = Network().eval()
+        blocks = nn.ModuleList(kind() for _ in range(3))
+        blocks.load_state_dict(model.blocks.state_dict())
+        model.blocks = blocks
+        for block in walk(model, batches()):
+            stats = block.calibrate()
+            states += [moment.second_moment() for moment in stats.moments.values()]
+            block.advance()
+    assert len(expected) == len(found) == 6
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other)

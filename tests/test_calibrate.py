@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import rankprune as rp
+from rankprune import recorder
 from rankprune.moments import input_patches
+from runs import apart
 
 
 def convnet() -> nn.Sequential:
@@ -334,3 +338,104 @@ def test_layers_that_see_one_tensor_share_the_work(monkeypatch: pytest.MonkeyPat
         torch.testing.assert_close(
             moments[name].second_moment()[0], factor * expected, rtol=1e-5, atol=1e-6
         )
+
+
+def _stats(model: nn.Module, **options: Any) -> rp.Stats:
+    return rp.calibrate(model, images(), **options)
+
+
+def test_autocast_around_it_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 4))
+    batches = [torch.randn(100, 24) for _ in range(3)]
+    plain = rp.calibrate(model, batches).moments["0"]
+    with torch.autocast("cpu", torch.bfloat16):
+        half = rp.calibrate(model, batches).moments["0"]
+    assert torch.equal(plain.second_moment(), half.second_moment())
+    assert torch.equal(plain.mean(), half.mean())
+
+
+def test_activations_in_place_are_seen_in_inference_mode_too() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1, bias=False), nn.ReLU(inplace=True), nn.BatchNorm2d(4)
+    ).eval()
+    with torch.inference_mode():
+        stats = _stats(model)
+    assert not stats.norms
+    assert not stats.moments["0"].centred
+
+
+def _calibrated_after_compiling() -> None:
+    model: Any = torch.compile(convnet().eval(), backend="eager")
+    with torch.no_grad():
+        model(images()[0])
+    assert len(rp.calibrate(model, images()).moments) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_compiled_code_knows_the_hooks() -> None:
+    apart(_calibrated_after_compiling)
+
+
+def test_a_batchnorm_over_another_dimension_is_left() -> None:
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8))
+    assert not rp.calibrate(model, [torch.randn(5, 8, 6)]).norms
+    assert rp.calibrate(model, [torch.randn(5, 6)]).norms == {"0": "1"}
+
+
+def test_a_model_that_calls_none_of_its_layers_is_refused() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    with pytest.raises(rp.ConfigError, match="no layer that can be calibrated is called"):
+        rp.calibrate(Idle(), [torch.randn(2, 4)])
+
+
+@pytest.mark.parametrize("sensitivity", [False, True])
+def test_a_few_examples_at_a_time_add_up(
+    monkeypatch: pytest.MonkeyPatch, sensitivity: bool
+) -> None:
+    whole = _stats(convnet(), sensitivity=sensitivity)
+    monkeypatch.setattr(recorder, "MOST", 3 * 9 * 144)
+    parts = _stats(convnet(), sensitivity=sensitivity)
+    for name, moment in whole.moments.items():
+        other = parts.moments[name]
+        assert other.count == moment.count
+        torch.testing.assert_close(other.second_moment(), moment.second_moment(), rtol=1e-4, atol=0)
+
+
+def test_sensitivity_without_a_batch_and_without_gradients() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with torch.no_grad():
+        stats = rp.calibrate(
+            model, [torch.randn(3, 8, 9)], sensitivity=lambda output: output.square().sum()
+        )
+    assert stats.moments["0"].count == 6 * 7
+    network, batches = convnet(), images()
+    with torch.inference_mode():
+        assert rp.calibrate(network, batches, sensitivity=True).moments.keys() == {"0", "3", "7"}
+
+
+def test_a_bias_that_two_layers_share_is_put_right_once() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 12)
+            self.b.weight, self.b.bias = self.a.weight, self.a.bias
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) + self.b(x)
+
+    model, batches = Shared(), [torch.randn(64, 12) + 2.0]
+    stats = rp.calibrate(model, batches)
+    plan = rp.make_plan(model, rp.FixedRank(3), stats=stats, guard=False)
+    compact = rp.factorize(model, plan, stats=stats)
+    assert compact.a[1].bias is compact.b[1].bias  # type: ignore[index]
+    assert rp.count_params(compact) == plan.params
+    error = compact(batches[0]) - model(batches[0])
+    assert error.mean(0).abs().max() < 1e-4

@@ -18,6 +18,7 @@ from rankprune import Energy, MatrixShape, NumericsError, RankRule, Spectrum, St
 from rankprune import engine as engine_module
 from rankprune.engine import SMALLEST_SIDE, Job, Projected, project
 from rankprune.linalg import RESIDUAL_PROMISE, Decomposition
+from rankprune.subspace import gaussian
 
 EPS = torch.finfo(torch.float32).eps
 HALF = SMALLEST_SIDE // 2
@@ -314,6 +315,7 @@ def test_the_default_dtype_changes_nothing(default: torch.dtype, rank: Any) -> N
     found = []
     for dtype in (torch.float32, default):
         torch.set_default_dtype(dtype)
+        gaussian.cache_clear()
         (first,) = _done([_job(matrix, rank, polar=True)])
         found += _done([_job(moved, rank, start=first.start, polar=True)])
         torch.set_default_dtype(torch.float32)

@@ -28,6 +28,7 @@ from cases import (
 )
 from rankprune import (
     Budget,
+    ConfigError,
     FixedRank,
     LowRank,
     NumericsError,
@@ -519,3 +520,17 @@ def test_a_plan_without_factors_copies_the_model() -> None:
     x: Tensor = cnn_input()
     with torch.no_grad():
         assert torch.equal(compact.eval()(x), model.eval()(x))
+
+
+def test_a_model_in_ddp_is_refused() -> None:
+    """It would go on to average gradients of the weights that are gone."""
+
+    class Wrapped(nn.parallel.DistributedDataParallel):
+        def __init__(self, module: nn.Module) -> None:
+            nn.Module.__init__(self)
+            self.module = module
+
+    model = nn.Sequential(nn.Linear(16, 16))
+    plan = make_plan(model, FixedRank(2))
+    with pytest.raises(ConfigError, match=r"factorise model\.module, then wrap"):
+        factorize(Wrapped(model), plan)

@@ -39,6 +39,13 @@ class _Residual(nn.Module):
         return y + self.norm(y)
 
 
+class _NormAct(nn.BatchNorm2d):
+    """As timm's: a BatchNorm by its class, and more than that by its forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
 class _Twice(nn.Module):
     """One layer, called twice, with a BatchNorm after the second call only."""
 
@@ -87,6 +94,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, int, int]] = {
         torch.randn(5, 6),
         2,
         1,
+    ),
+    "with an activation": (
+        lambda: nn.Sequential(nn.Conv2d(4, 8, 3), _NormAct(8)),
+        _image(),
+        2,
+        2,
     ),
     "over another dimension": (
         lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8)),

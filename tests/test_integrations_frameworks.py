@@ -10,6 +10,7 @@ import contextlib
 import copy
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from rankprune import (
     factorize,
     project,
 )
+from runs import apart
 
 accelerate = pytest.importorskip("accelerate")
 pl = pytest.importorskip("pytorch_lightning")
@@ -802,8 +804,7 @@ def test_a_step_inside_of_autocast_is_a_step_outside(when: str) -> None:
         assert torch.equal(parameter, same)
 
 
-@pytest.mark.parametrize("when", ["projection", "step"])
-def test_a_compiled_model_trains_as_the_uncompiled_one(when: str, tmp_path: Path) -> None:
+def _train_compiled(when: str, tmp_path: Path) -> None:
     setting = Setting(nuclear_when=when)
     net, other = mlp(), mlp()
     plan = _plain(
@@ -812,6 +813,13 @@ def test_a_compiled_model_trains_as_the_uncompiled_one(when: str, tmp_path: Path
     assert _plain(other, setting, tmp_path) == plan
     for parameter, same in zip(net.parameters(), other.parameters(), strict=True):
         assert torch.equal(parameter, same)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.parametrize("when", ["projection", "step"])
+def test_a_compiled_model_trains_as_the_uncompiled_one(when: str, tmp_path: Path) -> None:
+    apart(lambda: _train_compiled(when, tmp_path))
 
 
 def test_a_moving_average_is_projected_to_the_plan() -> None:

@@ -422,6 +422,7 @@ def test_layers_that_transformers_ties_itself(tmp_path: Path) -> None:
     assert _same(model, compact)
     first, second = (layer.attention.self.query for layer in model.encoder.layer)
     assert first[0].weight is second[0].weight
+    assert first.bias is second.bias
 
 
 def test_a_model_that_lacks_a_planned_layer(bert: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import rankprune as rp
 from rankprune.integrations.huggingface import prepare
@@ -165,6 +166,28 @@ def test_streaming_leaves_no_earlier_model_in_effect(tmp_path: Path, text: Path)
     assert rp.count_params(loaded) == plan.params
 
 
+def test_an_earlier_save_in_shards_is_not_read(tmp_path: Path) -> None:
+    """transformers takes the single file, and so do we."""
+    folder = make_folder("llama", tmp_path / "dense", max_shard_size="40KB")
+    index = (folder / "model.safetensors.index.json").read_bytes()
+    make_folder("llama", folder)
+    (folder / "model.safetensors.index.json").write_bytes(index)
+    assert set(Shards(folder).files.values()) == {"model.safetensors"}
+
+
+def test_streaming_keeps_each_dtype(tmp_path: Path, text: Path) -> None:
+    dense = make_folder("llama", tmp_path / "dense")
+    state = load_file(dense / "model.safetensors")
+    norm = "model.layers.1.input_layernorm.weight"
+    halves = {key: value if key == norm else value.bfloat16() for key, value in state.items()}
+    save_file(halves, dense / "model.safetensors", metadata={"format": "pt"})
+    compress_streaming(dense, tmp_path / "out", rp.FixedRank(3), text=text, window=24, windows=4)
+    shards = Shards(tmp_path / "out")
+    dtypes = {key: shards.read([key])[key].dtype for key in shards.files if key.endswith("weight")}
+    assert dtypes[norm] == torch.float32
+    assert dtypes["model.layers.1.mlp.up_proj.0.weight"] == torch.bfloat16
+
+
 def test_models_that_read_no_text_are_refused(tmp_path: Path) -> None:
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
@@ -183,6 +206,15 @@ def test_streaming_refusals(tmp_path: Path, text: Path) -> None:
     with pytest.raises(rp.ConfigError, match="no causal language model"):
         compress_streaming(bert, tmp_path / "out", rp.Budget(params=0.5), text=text)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(rp.ConfigError, match="the model's own folder"):
+        compress_streaming(dense, dense, rp.Budget(params=0.5), text=text)
+    mixed = tmp_path / "mixed"
+    shutil.copytree(dense, mixed)
+    config = json.loads((mixed / "config.json").read_text())
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    (mixed / "config.json").write_text(json.dumps(config | {"layer_types": kinds}))
+    with pytest.raises(rp.ConfigError, match="blocks of several kinds"):
+        compress_streaming(mixed, tmp_path / "out", rp.Budget(params=0.5), text=text)
     index = dense / "model.safetensors.index.json"
     document = json.loads(index.read_text())
     for bad in ("../model.safetensors", "/etc/passwd"):

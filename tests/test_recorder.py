@@ -156,3 +156,14 @@ def test_hidden_states_and_masks() -> None:
     assert (gradient[mask == 1] != 0).all()
     with pytest.raises(rp.ConfigError, match="the model returns tuple"):
         sampled_loss((hidden,), None, generator)
+
+
+def test_the_classes_of_a_picture_are_its_channels() -> None:
+    logits = torch.randn(1, 3, 2, 2, requires_grad=True)
+    generator = torch.Generator().manual_seed(0)
+    total, draws = torch.zeros(1, 3, 2, 2), 4000
+    for _ in range(draws):
+        (gradient,) = torch.autograd.grad(sampled_loss(logits, None, generator), logits)
+        total += gradient.square()
+    shares = logits.detach().softmax(1)
+    torch.testing.assert_close(total / draws, shares * (1 - shares), rtol=0.1, atol=0.02)

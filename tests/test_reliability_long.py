@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,10 @@ def test_a_dead_worker_ends_the_run(tmp_path: Path, trials: Trials) -> None:
                 workers = sorted(_workers(process), key=lambda worker: worker.pid)
                 assert len(workers) == 2
                 workers[victim % 2].kill()
-                assert process.wait(60) != 0
+                began = time.monotonic()
+                assert process.wait(600) != 0
+                # a crowded machine may take longer, and is not asked
+                assert not trials.full or time.monotonic() - began < 60
                 assert not any(worker.is_running() for worker in workers)
                 text = (tmp_path / "log").read_text()
                 assert re.search(r"exitcode *: -9|Signal 9 \(SIGKILL\)", text), text

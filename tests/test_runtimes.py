@@ -417,3 +417,16 @@ def test_openvino_leaves_the_signal_stack_alone() -> None:
     run = _runtime("openvino").prepare(mlp(), torch.zeros(1, 16))
     run()
     assert stack() == before
+
+
+def test_the_default_dtype_and_device_are_not_asked() -> None:
+    spec = LayerSpec.of(nn.Linear(16, 16))
+    assert spec is not None
+    torch.set_default_dtype(torch.float64)
+    try:
+        run = _runtime("onnxruntime").prepare_chain([spec], (2, 16))
+        run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert random_input((2, 3)).device.type == "cpu"

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -49,7 +50,7 @@ from rankprune import (
 )
 from rankprune.factorize import low_rank_layers
 from rankprune.files import file_sha256
-from runs import equal
+from runs import equal, exit_code, in_child
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 
@@ -303,23 +304,23 @@ def test_a_killed_save_leaves_the_old_model_or_the_new(tmp_path: Path) -> None:
     outcomes = {"killed": 0, "old": 0, "new": 0}
     turn = (old, new)
     for attempt in range(100):
+        left = [attempt % 25]
+
+        def kill(event: str, _: Any, left: list[int] = left) -> None:
+            if event in events:
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+
+        def killed_save(kill: Any = kill, model: nn.Module = turn[1]) -> None:
+            sys.addaudithook(kill)
+            save(model, tmp_path, overwrite=True)
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # later Pythons warn of fork beside threads
-            child = os.fork()
-        if child == 0:
-            left = [attempt % 25]
-
-            def kill(event: str, _: Any, left: list[int] = left) -> None:
-                if event in events:
-                    if left[0] == 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    left[0] -= 1
-
-            sys.addaudithook(kill)
-            save(turn[1], tmp_path, overwrite=True)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        outcomes["killed"] += os.WIFSIGNALED(status)
+            code = exit_code(in_child(killed_save))
+        assert code in (0, -signal.SIGKILL)
+        outcomes["killed"] += code != 0
         loaded = load(_fresh(mlp), tmp_path)
         found = [model for model in turn if _states_equal(loaded, model)]
         assert len(found) == 1, attempt
@@ -596,11 +597,22 @@ def _raw(content: bytes) -> Callable[[Path], None]:
     return rewrite
 
 
+def _whole_numbers(folder: Path) -> None:
+    with safe_open(folder / WEIGHTS, framework="pt") as archive:
+        header = archive.metadata()
+    tensors = load_file(folder / WEIGHTS)
+    first = min(key for key in tensors if key.endswith("weight"))
+    tensors[first] = tensors[first].long()
+    save_file(tensors, folder / WEIGHTS, metadata=header)
+    _resign(folder)
+
+
 _KEY = "layers.layer3.0.weight"
 TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a tensor less": (_retensor(lambda t: t.pop(_KEY)), "missing, such as"),
     "a tensor more": (_retensor(lambda t: t.update(x=torch.zeros(1))), "unknown, such as 'x'"),
     "another shape": (_retensor(lambda t: t.update({_KEY: torch.zeros(7)})), "another shape"),
+    "whole numbers": (_whole_numbers, r"stored as torch\.int64"),
     "no aliases": (_rehead({}), "missing, such as 'layers.layer1.0.weight'"),
     "aliases of nothing": (_rehead({"aliases": '{"a": "b"}'}), "missing, such as"),
     "aliases not JSON": (_rehead({"aliases": "{"}), "not valid JSON"),

@@ -18,7 +18,7 @@ from cases import (
     UnequallyTiedConvs,
     small_cnn,
 )
-from rankprune import Ratio, make_plan, profile
+from rankprune import LayerSpec, Ratio, make_plan, profile
 from rankprune.survey import Site, survey
 
 
@@ -77,6 +77,26 @@ def _patched() -> nn.Linear:
     return layer
 
 
+def _bias_pruned() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    torch.nn.utils.prune.l1_unstructured(layer, "bias", 0.3)  # type: ignore[no-untyped-call]
+    return nn.Sequential(layer)
+
+
+def _summed() -> nn.Module:
+    """As is done to pretrained networks for grey pictures."""
+    layer = nn.Conv2d(3, 4, 3)
+    layer.weight = nn.Parameter(layer.weight.sum(1, keepdim=True))
+    return nn.Sequential(layer)
+
+
+def _transposed() -> nn.Module:
+    """An autoencoder's second half."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = nn.Parameter(model[0].weight.T)
+    return model
+
+
 OBSTACLES = [
     ("LSTM", lambda: nn.Sequential(nn.LSTM(8, 8)), "0", "LSTM is not supported"),
     ("Embedding", lambda: nn.Sequential(nn.Embedding(8, 8)), "0", "Embedding is not supported"),
@@ -84,6 +104,9 @@ OBSTACLES = [
     ("patched", lambda: nn.Sequential(_patched()), "0", "the forward of this Linear is replaced"),
     ("parametrised", _parametrised, "0", "weight is parametrised"),
     ("weight_norm", _old_weight_norm, "0", "weight is not a parameter"),
+    ("bias pruned", _bias_pruned, "0", "bias is not a parameter"),
+    ("other attributes", _summed, "0", "weight has shape (4, 1, 3, 3), the layer's attributes"),
+    ("tied in another layout", _transposed, "0", "weight is shared with 1"),
     ("pruned", _pruned, "0", "weight is not a parameter"),
     ("empty", lambda: nn.Sequential(_empty()), "0", "the weight is empty"),
     (
@@ -197,3 +220,14 @@ def test_costs_of_all_calls_are_added() -> None:
         sites = survey(model, cost)
         assert sum(site.dense_flops or 0 for site in sites) == cost.flops
         assert sum(len(site.input_shapes) for site in sites) == cost.flops // (3 * 800)
+
+
+def test_a_stride_may_be_one_number() -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    layer.stride, layer.padding = 2, 1  # type: ignore[assignment]
+    spec = LayerSpec.of(layer)
+    assert spec is not None
+    assert (spec.stride, spec.padding) == ((2, 2), (1, 1))
+    flat = nn.Linear(8, 8)
+    flat.weight = nn.Parameter(flat.weight.flatten())
+    assert LayerSpec.of(flat) is None

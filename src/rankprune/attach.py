@@ -14,7 +14,7 @@ from torch import nn
 from rankprune.errors import ConfigError
 from rankprune.options import TRP
 from rankprune.profile import ExampleInputs
-from rankprune.training import Controller, trainable, unwrap
+from rankprune.training import Controller, leaving_dense, trainable, unwrap
 
 
 def attach(
@@ -73,12 +73,12 @@ def attach(
         )
     weights = trainable(unwrap(model), options)
     outside = [name for name, w in weights.items() if w.requires_grad and id(w) not in held]
-    if outside and any(id(weight) in held for weight in weights.values()):
+    if outside:
         raise ConfigError(
             f"the optimizer does not hold layer {outside[0]!r}"
             + (f" and {len(outside) - 1} more" if outside[1:] else "")
             + ", and rankprune counts the steps of one optimizer; freeze what is not trained, or "
-            f"leave what another one trains dense: TRP(overrides={{{outside[0]!r}: None}})"
+            f"leave what another one trains dense: {leaving_dense(options, outside[0])}"
         )
     controller = Controller(
         model, options, example_inputs=example_inputs, process_group=process_group, state=state

@@ -67,7 +67,8 @@ class Block:
 
     def _run(self, state: _Call) -> Any:
         with torch.no_grad():
-            return self.module(state.hidden, *state.args, **state.kwargs)
+            # a block may change its input in place, and is called with it twice
+            return self.module(state.hidden.clone(), *state.args, **state.kwargs)
 
 
 def factorize_blocks(

@@ -7,6 +7,7 @@ layers' outputs, and `factorize` makes that error least.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from rankprune.errors import ConfigError, RankPruneError, near
 from rankprune.moments import Moment
-from rankprune.profile import call, evaluating
+from rankprune.profile import call, evaluating, uncompiled
 from rankprune.recorder import Recorder, SensitivityRecorder, sampled_loss
 from rankprune.survey import Site, survey
 
@@ -88,7 +89,8 @@ def calibrate(
         The moments, for `make_plan(…, stats=…)` and `factorize(…, stats=…)`.
 
     Raises:
-        ConfigError: no batches, a pattern that matches nothing, or the model does not run on one.
+        ConfigError: no batches, a pattern that matches nothing, the model does not run on one, or
+            calls none of the layers.
         NumericsError: a layer is called with NaN or infinity.
 
     Example:
@@ -104,7 +106,13 @@ def calibrate(
     kind = SensitivityRecorder if sensitivity else Recorder
     generator = torch.Generator().manual_seed(0)
     done = 0
-    with evaluating(model), kind(model, sites, dtype) as recorder:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        stack.enter_context(uncompiled(model))
+        if sensitivity:  # whatever the caller is in
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+        recorder = stack.enter_context(kind(model, sites, dtype))
         for batch in moved(batches, model):
             mask = mask_of(batch)
             recorder.mask = mask
@@ -118,6 +126,8 @@ def calibrate(
                 progress(done)
     if not done:
         raise ConfigError(f"no batches to calibrate with; {_ABOUT_BATCHES}")
+    if not recorder.moments:
+        raise ConfigError("no layer that can be calibrated is called in the forward pass")
     return Stats(recorder.moments, done, recorder.norms)
 
 
@@ -151,7 +161,7 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     ]
     done = 0
     finished = False
-    with evaluating(model):
+    with evaluating(model), uncompiled(model):
         try:
             for norm in norms:
                 norm.reset_running_stats()

@@ -45,7 +45,8 @@ def export_onnx(
 
     Args:
         model: dense or factorised, in fp32; its modes are put back afterwards.
-        path: the file; an older one is replaced as a whole or stays.
+        path: the file; an older one is replaced as a whole or stays. (Beyond 2 GB it is two files,
+            which are replaced one after the other.)
         example_inputs: what the model is called with, on its device: a tensor, a tuple of
             positional or a mapping of keyword arguments, with the batch in dimension 0.
         dynamic_batch: leave the batch open; False fixes it to the example's.
@@ -199,7 +200,7 @@ def with_batch(inputs: ExampleInputs, batch: int) -> Any:
 
     Floating-point inputs are varied by a tenth; whole numbers (tokens) are repeated as they are.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     size = batch_of(inputs)
 
     def resize(value: Any) -> Any:
@@ -207,7 +208,7 @@ def with_batch(inputs: ExampleInputs, batch: int) -> Any:
             return value
         rows = value[torch.arange(batch, device=value.device) % size]
         if rows.is_floating_point():
-            noise = torch.randn(rows.shape, generator=generator)
+            noise = torch.randn(rows.shape, generator=generator, device="cpu")
             magnitude = rows.abs().mean()
             rows = rows + 0.1 * torch.where(magnitude > 0, magnitude, 1.0) * noise.to(rows)
         return rows

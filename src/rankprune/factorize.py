@@ -21,6 +21,7 @@ from rankprune.moments import Moment
 from rankprune.plan import LayerPlan, Plan
 from rankprune.profile import count_params
 from rankprune.schemes import SCHEMES
+from rankprune.sharded import is_sharded
 from rankprune.survey import tensor_key
 from rankprune.whitening import Whitened
 
@@ -179,6 +180,11 @@ def factorize(
         >>> sum(p.numel() for p in compact.parameters())
         288
     """
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ConfigError(
+            "the model is wrapped by DistributedDataParallel, which knows the dense weights: "
+            "factorise model.module, then wrap the result"
+        )
     layers = check_plan(model, plan.factorized)
     for entry in plan.factorized:
         check_finite(_weight(layers[entry.name]), entry.name)
@@ -323,7 +329,9 @@ def check_plan(model: nn.Module, layers: Iterable[LayerPlan]) -> dict[str, nn.Mo
             weight = modules[name].weight
             if not isinstance(weight, nn.Parameter):
                 raise PlanError(f"layer {name!r}: its weight is not a parameter of its own")
-            if tensor_key(weight) != tensor_key(_weight(found[layer.name])):
+            first = _weight(found[layer.name])
+            alike = is_sharded(weight) or weight.stride() == first.stride()
+            if tensor_key(weight) != tensor_key(first) or not alike:
                 raise PlanError(
                     f"layers {layer.name!r} and {name!r} share one weight in the plan, but not in "
                     "the model; was the plan made for another model?"
@@ -378,6 +386,7 @@ def _keep_mean(
         moment: of its inputs.
         norm: the BatchNorm that its output goes to.
     """
+    mended: list[nn.Parameter] = []
     for name in (entry.name, *entry.tied):
         low_rank = model.get_submodule(name)
         assert isinstance(low_rank, LowRank)
@@ -387,7 +396,9 @@ def _keep_mean(
         by_group = lost.reshape(moment.groups, -1, moment.features)  # [g, N/g, D]
         shift = (by_group @ moment.mean().to(lost.device).unsqueeze(-1)).flatten()
         if low_rank.bias is not None:
-            low_rank.bias.add_(shift.to(low_rank.bias.dtype))
+            if not any(low_rank.bias is bias for bias in mended):
+                low_rank.bias.add_(shift.to(low_rank.bias.dtype))
+                mended.append(low_rank.bias)
         elif norm is not None:
             mean = model.get_submodule(norm).running_mean
             if isinstance(mean, Tensor):  # where it has none, it takes the batch's
@@ -395,7 +406,8 @@ def _keep_mean(
 
 
 def _place(model: nn.Module, entry: LayerPlan, first: nn.Module, second: nn.Module) -> None:
-    """Put factors in place of a layer and of those tied to it; each keeps its own bias."""
+    """Put factors in place of a layer and of those tied to it; biases are shared as before."""
+    biases: dict[tuple[str, int], nn.Parameter] = {}
     for name in (entry.name, *entry.tied):
         dense = model.get_submodule(name)
         head, tail = first, second
@@ -404,7 +416,10 @@ def _place(model: nn.Module, entry: LayerPlan, first: nn.Module, second: nn.Modu
         if tail.bias is not None:
             bias = dense.bias
             assert isinstance(bias, nn.Parameter)
-            _set(tail, "bias", bias.detach(), bias)
+            if tensor_key(bias) not in biases:
+                _set(tail, "bias", bias.detach(), bias)
+                biases[tensor_key(bias)] = _bias(tail)
+            tail.bias = biases[tensor_key(bias)]
         low_rank = LowRank(head, tail, entry)
         low_rank.train(dense.training)
         swap(model, name, low_rank)
@@ -424,6 +439,12 @@ def _weight(module: nn.Module) -> nn.Parameter:
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     return weight
+
+
+def _bias(module: nn.Module) -> nn.Parameter:
+    bias = module.bias
+    assert isinstance(bias, nn.Parameter)
+    return bias
 
 
 def _set(module: nn.Module, name: str, values: Tensor, like: nn.Parameter) -> None:

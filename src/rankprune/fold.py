@@ -111,7 +111,7 @@ def _merged(first: nn.Module, second: nn.Module) -> nn.Module | None:
         return None
     weight, bias = first.weight, first.bias if isinstance(first.bias, Tensor) else None
     if isinstance(second, nn.modules.batchnorm._BatchNorm):
-        return _with_norm(spec, weight, bias, second)
+        return _with_norm(spec, weight, bias, second) if _only_norm(second) else None
     if then is None or not isinstance(second.weight, Tensor) or spec.groups > 1:
         return None
     same_kind = spec.kind == then.kind and spec.kind in ("linear", "conv")
@@ -132,6 +132,12 @@ def _merged(first: nn.Module, second: nn.Module) -> nn.Module | None:
     if isinstance(second.bias, Tensor):
         shift = second.bias if shift is None else shift + second.bias
     return _layer(one, product, shift)
+
+
+def _only_norm(module: nn.Module) -> bool:
+    """Not a subclass that goes on, as timm's with an activation does."""
+    forward = getattr(module.forward, "__func__", None)
+    return forward in (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def _with_norm(

@@ -44,6 +44,8 @@ def _computes(module: nn.Module) -> type[nn.Module] | None:
 
     What else a subclass brings (an initialisation, `fully_shard`'s mixin) changes no answer.
     """
+    if "forward" in vars(module):
+        return None  # replaced on this one object, which then computes something else
     if _is_timm_linear(module):
         return nn.Linear
     for layer in _LAYERS:
@@ -53,6 +55,11 @@ def _computes(module: nn.Module) -> type[nn.Module] | None:
             )
             return layer if all(inherits) else None
     return None
+
+
+def _each(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    """As torch reads it: one number is for all dimensions."""
+    return (value,) * dims if isinstance(value, int) else tuple(value)
 
 
 def _code(owner: nn.Module | type[nn.Module], name: str) -> object:
@@ -137,6 +144,8 @@ class LayerSpec:
         """
         kind = _computes(module)
         if kind is nn.Linear:
+            if cast(Tensor, module.weight).dim() != 2:
+                return None  # flattened, to be sharded
             out_features, in_features = cast(Tensor, module.weight).shape
             return cls(
                 kind="linear",
@@ -144,23 +153,28 @@ class LayerSpec:
                 out_channels=out_features,
                 bias=module.bias is not None,
             )
-        if is_hf_conv1d(module):
+        if is_hf_conv1d(module) and "forward" not in vars(module):
             in_features, out_features = cast(Tensor, module.weight).shape
             return cls(
                 kind="hf_conv1d", in_channels=in_features, out_channels=out_features, bias=True
             )
         if kind is not None:
             conv: Any = module
+            dims = conv.weight.dim() - 2
+            if dims != len(conv.kernel_size):
+                return None  # flattened, to be sharded
             return cls(
                 kind="conv" if kind in _CONV.values() else "conv_transpose",
                 in_channels=conv.in_channels,
                 out_channels=conv.out_channels,
                 bias=conv.bias is not None,
                 kernel_size=tuple(conv.kernel_size),
-                stride=tuple(conv.stride),
-                padding=conv.padding if isinstance(conv.padding, str) else tuple(conv.padding),
-                dilation=tuple(conv.dilation),
-                output_padding=tuple(conv.output_padding),
+                stride=_each(conv.stride, dims),
+                padding=conv.padding
+                if isinstance(conv.padding, str)
+                else _each(conv.padding, dims),
+                dilation=_each(conv.dilation, dims),
+                output_padding=_each(conv.output_padding, dims),
                 groups=conv.groups,
                 padding_mode=conv.padding_mode,
             )

@@ -80,7 +80,9 @@ def full_precision() -> Iterator[None]:
         _inside.append(None)
     try:
         with contextlib.ExitStack() as stack:
-            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            accelerator = torch.accelerator.current_accelerator()
+            kinds = {"cpu", "cuda", *([accelerator.type] if accelerator else [])}
+            for kind in filter(torch.is_autocast_enabled, sorted(kinds)):
                 stack.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:

@@ -61,9 +61,13 @@ class TRP:
         if (self.rank is None) == (self.plan is None):
             raise ConfigError("TRP: give either rank=… (a rule or a Budget) or plan=…")
         if self.plan is not None:
-            ignored = {"scheme": "auto", "overrides": None, "multiple_of": None}
-            for name, default in ignored.items():
-                if getattr(self, name) != default:
+            given = {
+                "scheme": self.scheme != "auto",
+                "overrides": bool(self.overrides),
+                "multiple_of": self.multiple_of is not None,
+            }
+            for name in given:
+                if given[name]:
                     raise ConfigError(f"TRP(plan=…, {name}=…): the plan has that; leave it out")
         for name, least in (("every", 1), ("start", 0), ("descent", 0), ("end", 0)):
             value = getattr(self, name)

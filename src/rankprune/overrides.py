@@ -49,7 +49,6 @@ class Settings:
 
     rank: RankRule | Budget | None  # None: leave dense
     scheme: str
-    overridden: bool
 
 
 def resolve(
@@ -58,8 +57,9 @@ def resolve(
     scheme: str,
     overrides: Mapping[str, Override],
 ) -> dict[str, Settings]:
-    """Apply overrides by name; a pattern that matches nothing is an error."""
-    settings = {site.name: Settings(rank, scheme, False) for site in sites}
+    """Apply overrides by name; a pattern that matches nothing of use is an error."""
+    settings = {site.name: Settings(rank, scheme) for site in sites}
+    obstacles = {site.name: site.obstacle for site in sites}
     for pattern, override in overrides.items():
         names = [
             site.name
@@ -68,6 +68,11 @@ def resolve(
         ]
         if not names:
             raise ConfigError(f"pattern {pattern!r} matches no layer; {near(pattern, settings)}")
+        if override is not None and all(obstacles[name] for name in names):
+            raise ConfigError(
+                f"pattern {pattern!r}: layer {names[0]!r} cannot be factorised: "
+                f"{obstacles[names[0]]}"
+            )
         for name in names:
             settings[name] = _overridden(override, pattern, rank, scheme)
     return settings
@@ -75,14 +80,14 @@ def resolve(
 
 def _overridden(override: Override, pattern: str, rank: RankRule | Budget, scheme: str) -> Settings:
     if override is None:
-        return Settings(None, scheme, True)
+        return Settings(None, scheme)
     if isinstance(override, RankRule):
-        return Settings(override, scheme, True)
+        return Settings(override, scheme)
     if isinstance(override, LayerConfig):
         if override.scheme not in (None, "auto"):
             get_scheme(str(override.scheme))
         own = ExactRank(override.rank) if isinstance(override.rank, int) else override.rank
-        return Settings(own or rank, override.scheme or scheme, True)
+        return Settings(own or rank, override.scheme or scheme)
     raise ConfigError(
         f"override for {pattern!r} must be a rank rule, a LayerConfig or None, got {override!r}"
     )

@@ -94,18 +94,16 @@ def make_plan(
     budget = rank if isinstance(rank, Budget) else None
     if budget is not None and budget.timed and table is None:
         raise ConfigError("a latency budget needs runtime=Runtime(…), to measure on")
-    counted = table is not None or (budget is not None and budget.flops is not None)
-    if counted and example_inputs is None:
-        what = "a runtime" if table else "a FLOPs budget"
-        raise ConfigError(f"{what} needs example_inputs, to see the shapes that layers really get")
+    check_inputs(rank, table, example_inputs)
     cost = None if example_inputs is None else profile(model, example_inputs)
-    sites = _comparable(survey(model, cost, check_stats(model, stats).moments), rank)
+    sites = survey(model, cost, check_stats(model, stats).moments)
+    settings = resolve(sites, rank, scheme, overrides or {})
+    sites = _comparable(sites, settings)
     if not any(not site.obstacle for site in sites):
         raise ConfigError(
             "the model has no layer that can be factorised: "
             + ("; ".join(f"{site.name}: {site.obstacle}" for site in sites[:5]) or "no weights")
         )
-    settings = resolve(sites, rank, scheme, overrides or {})
     groups = [_options(site, settings[site.name], guard=guard, multiple_of=step) for site in sites]
     dense_params = cost.params if cost else count_params(model)
     dense_flops = cost.flops if cost else None
@@ -130,15 +128,30 @@ def make_plan(
     )
 
 
-def _comparable(sites: list[Site], rank: RankRule | Budget) -> list[Site]:
+def check_inputs(
+    rank: RankRule | Budget, table: LatencyTable | None, example_inputs: ExampleInputs | None
+) -> None:
+    """Refuse to count FLOPs, or to measure, without inputs.
+
+    Raises:
+        ConfigError: they are needed, and not given.
+    """
+    counted = table is not None or (isinstance(rank, Budget) and rank.flops is not None)
+    if counted and example_inputs is None:
+        what = "a runtime" if table else "a FLOPs budget"
+        raise ConfigError(f"{what} needs example_inputs, to see the shapes that layers really get")
+
+
+def _comparable(sites: list[Site], settings: Mapping[str, Settings]) -> list[Site]:
     """A budget cannot weigh layers by sensitivity against others of unknown sensitivity."""
-    if isinstance(rank, RankRule) or not any(
-        site.moment and site.moment.weighted for site in sites
-    ):
+    if not any(site.moment and site.moment.weighted for site in sites):
         return sites
     unknown = "its sensitivity was not measured"
     return [
-        site if site.moment or site.obstacle else replace(site, obstacle=unknown) for site in sites
+        replace(site, obstacle=unknown)
+        if isinstance(settings[site.name].rank, Budget) and not (site.moment or site.obstacle)
+        else site
+        for site in sites
     ]
 
 
@@ -283,8 +296,6 @@ def _options(site: Site, wanted: Settings, *, guard: bool, multiple_of: int) -> 
     if wanted.rank is None:
         return [Option(_dense(site, "left dense by an override"), 0.0)]
     if site.obstacle:
-        if wanted.overridden and site.spec is None:
-            raise ConfigError(f"layer {site.name!r} cannot be factorised: {site.obstacle}")
         return [Option(_dense(site, site.obstacle), 0.0)]
     assert site.spec is not None
     schemes, refusal = applicable(site.spec, wanted.scheme)
@@ -337,7 +348,8 @@ def _grid(option: _LayerOption, multiple_of: int) -> Iterator[Option]:
         return
     _, energy, worth = option.site.assess(option.scheme)
     stride = math.ceil(len(ranks) / _GRID)
-    for rank in ranks[stride - 1 :: stride] if stride > 1 else ranks:
+    # the smallest too, or a small budget might not be met
+    for rank in sorted({ranks[0], *ranks[stride - 1 :: stride]}):
         kept = float(energy[rank - 1])
         yield Option(option.at(rank, "budget", kept), worth * (1 - kept))
 

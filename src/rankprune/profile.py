@@ -177,6 +177,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Call a model without torch.compile's code, which knows no hooks that came after it."""
+    compiled = any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+    if not compiled:  # importing the compiler takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """torch's counter looks for gradients of what modules get, and fails at views of parameters."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

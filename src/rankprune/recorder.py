@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rankprune.errors import ConfigError, NumericsError
-from rankprune.linalg import in_safe_range
+from rankprune.linalg import full_precision, in_safe_range
 from rankprune.moments import Moment, Rows, input_patches
 from rankprune.profile import first_tensor
 from rankprune.survey import Site
+
+# Numbers in the patches of some examples that are made at a time.
+MOST = 2**25
 
 
 class Recorder:
@@ -42,10 +46,10 @@ class Recorder:
         self.moments: dict[str, Moment] = {}
         self.mask: Tensor | None = None
         self.norms: dict[str, str] = {}
-        self._output: tuple[str, Tensor, int] | None = None
+        self._output: tuple[str, Tensor, int | None] | None = None
         self._calls: Counter[str] = Counter()
         self._pairs: Counter[tuple[str, str]] = Counter()
-        self._last: tuple[Tensor, int, Rows] | None = None
+        self._last: tuple[Tensor, int | None, Rows] | None = None
         self._hooks = ExitStack()
 
     def __enter__(self) -> Recorder:
@@ -92,7 +96,7 @@ class Recorder:
         if self._output is not None and args:
             name, output, version = self._output
             # an activation in place would return the very same tensor
-            if args[0] is output and _version(output) == version:
+            if args[0] is output and _unchanged(output, version):
                 self._pairs[name, norm] += 1
         self._output = None
 
@@ -101,7 +105,8 @@ class Recorder:
             inputs = first_tensor(args, kwargs)
             if inputs is not None:
                 with torch.no_grad():
-                    self._add(site, self._shared_rows(site, inputs))
+                    for part in _parts(site, inputs):
+                        self._add(site, self._shared_rows(site, part))
 
         return module.register_forward_pre_hook(record, with_kwargs=True).remove
 
@@ -111,7 +116,7 @@ class Recorder:
         version = _version(inputs)
         if not site.spec.dims and self._last is not None:
             tensor, before, rows = self._last
-            if tensor is inputs and before == version:
+            if tensor is inputs and _unchanged(inputs, before):
                 return rows
         rows = Rows(self._patches(site, inputs))
         self._last = None if site.spec.dims else (inputs, version, rows)
@@ -149,12 +154,27 @@ class Recorder:
         if moment is None:
             groups, _, features = rows.values.shape
             moment = self.moments[site.name] = Moment(groups, features, weighted=weighted)
-        moment.update(rows)
+        with full_precision():
+            moment.update(rows)
 
 
-def _version(tensor: Tensor) -> int:
+def _parts(site: Site, values: Tensor, like: Tensor | None = None) -> Sequence[Tensor]:
+    """Some examples at a time, where a convolution's patches of all would take much memory."""
+    spec, inputs = site.spec, values if like is None else like
+    assert spec is not None
+    if not spec.dims or inputs.dim() == spec.dims + 1 or not inputs.numel():
+        return [values]
+    each = inputs[0].numel() * math.prod(spec.kernel_size)
+    return values.split(max(1, MOST // each))
+
+
+def _version(tensor: Tensor) -> int | None:
     """How often a tensor was changed in place; of inference tensors torch does not count it."""
-    return 0 if tensor.is_inference() else tensor._version
+    return None if tensor.is_inference() else tensor._version
+
+
+def _unchanged(tensor: Tensor, before: int | None) -> bool:
+    return before is not None and _version(tensor) == before
 
 
 class SensitivityRecorder(Recorder):
@@ -191,12 +211,18 @@ class SensitivityRecorder(Recorder):
 
     @torch.no_grad()
     def _weigh(self, site: Site, inputs: Tensor, gradient: Tensor) -> None:
+        parts = zip(_parts(site, inputs), _parts(site, gradient, like=inputs), strict=True)
+        for some, gradients in parts:
+            self._weigh_part(site, some, gradients)
+
+    def _weigh_part(self, site: Site, inputs: Tensor, gradient: Tensor) -> None:
         spec = site.spec
         assert spec is not None
         gradient = self._unmasked(site, gradient).to(self.dtype)
         if spec.dims:  # [B, N, *] → [g, B · positions]
             batch = gradient.shape[0] if gradient.dim() == spec.dims + 2 else 1
-            grouped = gradient.reshape(batch, spec.groups, -1, gradient[0, 0].numel())
+            positions = math.prod(gradient.shape[-spec.dims :])
+            grouped = gradient.reshape(batch, spec.groups, -1, positions)
             squares = grouped.square().sum(2).transpose(0, 1).flatten(1)
         else:
             squares = gradient.square().sum(-1).reshape(1, -1)
@@ -210,8 +236,9 @@ class SensitivityRecorder(Recorder):
 def sampled_loss(output: Any, mask: Tensor | None, generator: torch.Generator) -> Tensor:
     """A loss whose expected squared gradients are those of the model's own answers.
 
-    For logits the negative log-likelihood of classes drawn from them, summed over positions: its
-    squared gradients are the Fisher information, and need no labels. For a hidden state a random
+    For logits [B, *, classes], or [B, classes, *] of images and volumes, the negative
+    log-likelihood of classes drawn from them, summed over positions: its squared gradients are the
+    Fisher information, and need no labels. For a hidden state a random
     direction: squared gradients of ½‖Δh‖².
 
     Args:
@@ -236,8 +263,10 @@ def sampled_loss(output: Any, mask: Tensor | None, generator: torch.Generator) -
         values = values[mask.to(values.device).bool()]
     values = values.float()
     if hidden is not None:
-        directions = torch.randn(values.shape, generator=generator).to(values.device)
-        return (values * directions).sum()
+        directions = torch.randn(values.shape, generator=generator, device="cpu")
+        return (values * directions.to(values)).sum()
+    if values.dim() > 3:
+        values = values.movedim(1, -1)
     flat = values.flatten(0, -2) if values.dim() > 1 else values.unsqueeze(0)
     shares = flat.detach().softmax(-1).cpu()
     classes = torch.multinomial(shares, 1, generator=generator).squeeze(1).to(flat.device)

@@ -155,14 +155,14 @@ class Eager(Backend):
         args, kwargs = pytree.tree_map_only(
             Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, arguments(inputs)
         )
-        on_gpu = "cuda" in places
+        gpus = {t.device for t in (*tensors(inputs), *model.parameters()) if not t.is_cpu}
         ready = self.ready(network)
 
         def run() -> Any:
             with _threads(runtime.threads), torch.inference_mode():
                 result = ready(*args, **kwargs)
-                if on_gpu:
-                    torch.cuda.synchronize()
+                for gpu in gpus:
+                    torch.accelerator.synchronize(gpu)
                 return result
 
         return run
@@ -285,12 +285,13 @@ def alternate(
 
 def random_input(shape: Sequence[int]) -> Tensor:
     """An input of this shape; the global random state stays as it is."""
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu")
 
 
 def random_chain(specs: Sequence[LayerSpec]) -> nn.Sequential:
     """Layers in a row, with random weights."""
-    chain = nn.Sequential(*(spec.build() for spec in specs))
+    chain = nn.Sequential(*(spec.build(dtype=torch.float32, device="cpu") for spec in specs))
     fill_randomly(chain)
     return chain.eval()
 

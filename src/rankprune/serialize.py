@@ -329,6 +329,13 @@ def _check_names(
         shapes(weights | {key: weights[name] for key, name in aliases.items() if name in weights}),
         str(folder),
     )
+    held = model.state_dict()
+    for key, value in weights.items():
+        wanted = held[key].is_floating_point() if key in held else True  # factors are floats
+        if value.is_floating_point() != wanted:
+            raise FileError(
+                f"{folder}: {key!r} is stored as {value.dtype}, of another kind of number"
+            )
 
 
 def shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

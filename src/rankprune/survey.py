@@ -171,7 +171,7 @@ def survey(
         if spec is not None and not obstacle:
             assert isinstance(module.weight, Tensor)
             tied = tuple(other for other in owners[tensor_key(module.weight)] if other != name)
-            odd = next((other for other in tied if LayerSpec.of(layers[other]) != spec), None)
+            odd = next((other for other in tied if not _twins(module, layers[other])), None)
             if odd is not None:
                 obstacle, tied = f"weight is shared with {odd} ({_type(layers[odd])})", ()
         merged.update(tied)
@@ -197,6 +197,17 @@ def survey(
     return sites
 
 
+def _twins(one: nn.Module, other: nn.Module) -> bool:
+    """Whether layers of one memory compute the same: a transposed weight shares it too."""
+    weights = one.weight, other.weight
+    assert isinstance(weights[0], Tensor)
+    return (
+        isinstance(weights[1], Tensor)
+        and LayerSpec.of(one) == LayerSpec.of(other)
+        and (is_sharded(weights[0]) or weights[0].stride() == weights[1].stride())
+    )
+
+
 def _type(value: object) -> str:
     return type(value).__name__
 
@@ -213,6 +224,11 @@ def _obstacle(module: nn.Module, spec: LayerSpec | None, parent: nn.Module | Non
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
         return "weight is not a parameter (weight_norm or pruning is active)"
+    bias = module.bias
+    if bias is not None and not isinstance(bias, nn.Parameter):
+        return "bias is not a parameter (weight_norm or pruning is active)"
+    if tuple(weight.shape) != spec.weight_shape:
+        return f"weight has shape {tuple(weight.shape)}, the layer's attributes say otherwise"
     if not weight.is_floating_point():
         return f"weight has dtype {str(weight.dtype).removeprefix('torch.')}"
     if is_traceable_wrapper_subclass(weight) and not is_sharded(weight):

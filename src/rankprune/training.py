@@ -27,7 +27,15 @@ from rankprune.factorize import check_plan
 from rankprune.layers import LayerSpec
 from rankprune.options import TRP
 from rankprune.plan import LayerPlan, Plan
-from rankprune.planner import as_table, make_plan, multiple, rank_rules, realise, wanted_rank
+from rankprune.planner import (
+    as_table,
+    check_inputs,
+    make_plan,
+    multiple,
+    rank_rules,
+    realise,
+    wanted_rank,
+)
 from rankprune.profile import ExampleInputs, profile
 from rankprune.ranks import RankRule, Ratio, Spectrum
 from rankprune.schemes import SCHEMES, get_scheme
@@ -91,6 +99,8 @@ class Controller:
             self._rules = rank_rules(self.model, options.rank, overrides=options.overrides)
         if state is None or not isinstance(options.rank, Budget):
             self._adopt(self._first_plan())
+        else:
+            check_inputs(options.rank, self._table, example_inputs)
         if state is not None:
             self.load_state_dict(state)
 
@@ -411,6 +421,7 @@ def project(model: nn.Module, plan: Plan) -> None:
 
 def trainable(model: nn.Module, options: TRP) -> dict[str, nn.Parameter]:
     """The weights that options project, by layer; under a budget those that they may project."""
+    reshard(model)
     if options.plan is not None:
         names = {layer.name for layer in options.plan.factorized}
     else:
@@ -419,6 +430,12 @@ def trainable(model: nn.Module, options: TRP) -> dict[str, nn.Parameter]:
         names = {site.name for site in survey(model) if not site.obstacle and site.name in wanted}
     weights = {name: module.weight for name, module in model.named_modules() if name in names}
     return {name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter)}
+
+
+def leaving_dense(options: TRP, name: str) -> str:
+    """How to ask for a layer to be left dense."""
+    call = "TRP(" if options.plan is None else "make_plan(…, "
+    return f"{call}overrides={{{name!r}: None}})"
 
 
 def unwrap(model: nn.Module) -> nn.Module:

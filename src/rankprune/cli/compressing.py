@@ -252,7 +252,10 @@ def evaluate(
         metadata = recorded(weights)
         images = read_images(data, data_root, download, image_size, metadata)
         if part != "test" and "val_fraction" not in metadata:
-            err.print("which images were kept back from training is not recorded: a tenth is taken")
+            err.print(
+                "which images were kept back from training is not recorded; of a data set without "
+                "such a part a tenth is taken"
+            )
         source = open_source(weights, model=model, data=images)
         images = normalised_as(images, source.metadata)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -22,7 +22,7 @@ from rankprune.cli.shared import (
     read_shape,
     require_new,
 )
-from rankprune.errors import ConfigError, FileError
+from rankprune.errors import FileError, RankPruneError
 
 
 @app.command()
@@ -94,7 +94,7 @@ def bench(
             note=lambda text: err.print(text, markup=False, soft_wrap=True),
         )
         if not result["backends"]:
-            raise ConfigError(
+            raise RankPruneError(
                 "nothing was measured: every backend was left out, for the reasons above"
             )
         show(result, bench_table(result))

@@ -193,6 +193,8 @@ def read_images(
     if name is None:
         return None
     view = recorded_view(metadata or {})
+    if name.partition(":")[0] not in ("imagefolder", "fake"):
+        view.pop("image_size", None)  # others are as they are
     if size is not None:
         view["image_size"] = size
     return load_data(name, root=root, download=download, **view)

@@ -179,6 +179,13 @@ class RankPruneQuantizer(HfQuantizer):
         state = state_with_ranks(model)
         for twin in _twins(config.plan.layers):
             del state[twin]
+        tied = model.all_tied_weights_keys
+        for name in (name for layer in config.plan.layers for name in layer.tied):
+            key = f"{name}.1.bias"
+            if key in tied or f"{name}.bias" in tied:
+                del state[key]  # read as the first layer's
+            elif key in state:
+                state[key] = state[key].clone()  # transformers writes no tensor twice
         return state, {}
 
     def is_serializable(self) -> bool:
@@ -238,10 +245,15 @@ def _twins(layers: Iterable[LayerPlan]) -> dict[str, str]:
 def _tie(model: PreTrainedModel, layers: list[LayerPlan]) -> None:
     """Have transformers share factors where layers share them, as it does with embeddings."""
     gone = tuple(f"{name}." for layer in layers for name in (layer.name, *layer.tied))
-    kept = model.all_tied_weights_keys.items()
-    model.all_tied_weights_keys = {
-        target: source for target, source in kept if not target.startswith(gone)
-    } | _twins(layers)
+    kept = model.all_tied_weights_keys
+    # a bias that layers share is the second factor's
+    biases = {
+        target.removesuffix("bias") + "1.bias": source.removesuffix("bias") + "1.bias"
+        for target, source in kept.items()
+        if target.startswith(gone) and target.endswith(".bias")
+    }
+    others = {target: kept[target] for target in kept if not target.startswith(gone)}
+    model.all_tied_weights_keys = others | biases | _twins(layers)
 
 
 def _fitted(layers: tuple[LayerPlan, ...], model: PreTrainedModel) -> list[LayerPlan]:

@@ -19,7 +19,7 @@ from rankprune.errors import ConfigError, MissingExtraError
 from rankprune.options import TRP
 from rankprune.plan import Plan
 from rankprune.profile import ExampleInputs
-from rankprune.training import Controller, trainable
+from rankprune.training import Controller, leaving_dense, trainable
 
 
 def _framework() -> Any:
@@ -176,7 +176,7 @@ def _optimizer(
         raise ConfigError(
             f"{len(holders)} of the module's {len(optimizers)} optimizers hold layers to "
             "factorise, and rankprune counts the steps of one; leave the others' layers dense: "
-            "TRP(overrides={'discriminator.*': None})"
+            f"{leaving_dense(options, 'discriminator.*')}"
         )
     if not holders and len(optimizers) != 1:
         raise ConfigError(

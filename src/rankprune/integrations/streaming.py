@@ -15,14 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rankprune.blocks import Block, find_blocks, walk
 from rankprune.budget import Budget
-from rankprune.errors import ConfigError, FileError
+from rankprune.errors import ConfigError, FileError, MissingExtraError
 from rankprune.factorize import factorize
 from rankprune.files import commit, read_bytes, reporting, temporary_file, write_atomically
 from rankprune.integrations.huggingface import RankPruneConfig, state_with_ranks
@@ -31,6 +30,11 @@ from rankprune.planner import UNCHOSEN, make_plan, realise
 from rankprune.profile import count_params
 from rankprune.ranks import RankRule
 from rankprune.recipes.hf import LanguageModel, model_class, open_tokenizer
+
+try:
+    from accelerate import init_empty_weights
+except ImportError:
+    raise MissingExtraError("streaming", "accelerate", "transformers") from None
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -52,7 +56,8 @@ class Shards:
         self.folder = folder
         self.files: dict[str, str] = {}
         index = folder / INDEX
-        if index.exists():
+        # as transformers looks for them: an index may be left of an earlier save
+        if index.exists() and not (folder / SINGLE).exists():
             self.files = _read_index(index)
         else:
             for key in self._keys(SINGLE):
@@ -101,8 +106,8 @@ def compress_streaming(
 
     Args:
         folder: what save_pretrained wrote, with its tokenizer.
-        out: a folder, in which files of the same names are replaced; `from_pretrained` reads it as
-            in `integrations.huggingface`.
+        out: another folder; `from_pretrained` reads it as in `integrations.huggingface`. A model
+            that lies there is gone from the first block on.
         target: a rule, or a budget of parameters that every block has to keep by itself.
         text: a plain text file to calibrate with.
         window: tokens in a window.
@@ -113,14 +118,22 @@ def compress_streaming(
         The plan of all blocks.
 
     Raises:
-        ConfigError: not a causal language model, or a target that is no rule and bounds more than
-            parameters.
+        ConfigError: not a causal language model of blocks of one kind, the same folder twice, or a
+            target that is no rule and bounds more than parameters.
         FileError: the checkpoint or the text cannot be read, or the folder not be written.
         BudgetError: a block cannot keep to the budget.
     """
     if isinstance(target, Budget) and set(target.bounds()) != {"params"}:
         raise ConfigError("block by block a budget can bound params alone")
+    if out.resolve() == folder.resolve():
+        raise ConfigError(f"{out}: is the model's own folder; choose another one")
     config, kind = model_class(folder)
+    kinds = sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()))
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"{kind.__name__} has blocks of several kinds ({', '.join(kinds)}), which are called "
+            "differently; compress it in one piece"
+        )
     shards = Shards(folder)
     with init_empty_weights(include_buffers=False):
         model = kind(config)
@@ -144,12 +157,14 @@ def compress_streaming(
     written: dict[str, str] = {}
     with reporting(out, "write"):
         out.mkdir(parents=True, exist_ok=True)
+        for file in (INDEX, SINGLE):  # an earlier model's, which would be one of mixed blocks
+            (out / file).unlink(missing_ok=True)
         for block in walk(model, batches, prefix):
             _forget(model, first)
-            compact, dtype = _compress_block(block, shards, target)
+            compact, dtypes = _compress_block(block, shards, target)
             layers += compact
             file = f"{block.name.replace('.', '-')}.safetensors"
-            state = _state(block, dtype)
+            state = _state(block, dtypes)
             _write(out / file, state)
             written |= dict.fromkeys(state, file)
             block.module.to(device="meta")
@@ -167,7 +182,6 @@ def compress_streaming(
         if (folder / _GENERATION).is_file():
             shutil.copyfile(folder / _GENERATION, out / _GENERATION)
         # last, since it is what makes the folder a model
-        (out / SINGLE).unlink(missing_ok=True)  # an earlier model's, which would be read instead
         index = {"metadata": {}, "weight_map": written}
         write_atomically(out / INDEX, json.dumps(index, indent=1).encode())
     return plan
@@ -175,11 +189,11 @@ def compress_streaming(
 
 def _compress_block(
     block: Block, shards: Shards, target: RankRule | Budget
-) -> tuple[list[LayerPlan], torch.dtype]:
-    """Read a block, factorise it, go on; its plan by names in the model, and its stored dtype."""
+) -> tuple[list[LayerPlan], dict[str, torch.dtype]]:
+    """Read a block, factorise it, go on; its plan by names in the model, and the stored dtypes."""
     names = {f"{block.name}.{name}": name for name in block.module.state_dict()}
     stored = shards.read(list(names))
-    dtype = next(iter(stored.values())).dtype
+    dtypes = {names[name]: value.dtype for name, value in stored.items()}
     own = {names[name]: value for name, value in _widened(stored).items()}
     block.module.load_state_dict(own, assign=True)
     stats = block.calibrate()
@@ -193,7 +207,7 @@ def _compress_block(
             tied=tuple(f"{block.name}.{name}" for name in layer.tied),
         )
         for layer in plan.layers
-    ], dtype
+    ], dtypes
 
 
 def _forget(model: nn.Module, names: list[str]) -> None:
@@ -203,10 +217,15 @@ def _forget(model: nn.Module, names: list[str]) -> None:
     model.load_state_dict(empty, strict=False, assign=True)
 
 
-def _state(block: Block, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A block's tensors by their names in the model."""
+def _state(block: Block, dtypes: dict[str, torch.dtype]) -> dict[str, Tensor]:
+    """A block's tensors by their names in the model, in the dtypes that it was stored in."""
+
+    def dtype(name: str) -> torch.dtype:
+        layer, _, kind = name.rpartition(".")  # a factor's is that of its layer
+        return dtypes.get(name) or dtypes[f"{layer.rpartition('.')[0]}.{kind}"]
+
     return {
-        f"{block.name}.{name}": value.to(dtype) if value.is_floating_point() else value
+        f"{block.name}.{name}": value.to(dtype(name)) if value.is_floating_point() else value
         for name, value in state_with_ranks(block.module).items()
     }
 

@@ -6,6 +6,7 @@ So a run can stop after any batch and go on with the next, with any number of wo
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -134,6 +135,11 @@ def eval_batches(
     return _prepared(dataset, range(len(dataset)), workers)
 
 
+def _deaf(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one decides when the workers end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _prepared(
     dataset: Dataset[tuple[Tensor, Tensor]], order: range, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -150,6 +156,7 @@ def _prepared(
         pin_memory=torch.cuda.is_available(),
         # of its own: it draws a number when it starts, and a resumed run starts once more
         generator=torch.Generator(),
+        worker_init_fn=_deaf,
     )
     prepared: Any = iter(loader)
     try:

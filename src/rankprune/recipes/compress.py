@@ -70,8 +70,8 @@ def open_source(
             the model library's pretrained weights.
         model: its name; a saved folder knows it, unless it is the user's own function.
         shape: C, H, W of an input image; a saved folder or the data set knows it.
-        classes: number of outputs; a saved folder or the data set knows it, else it is the length
-            of the model's last bias in the weights, else the model's own.
+        classes: number of outputs; a saved folder or the data set knows it, else it is read off
+            the weights.
         data: the data set that goes with it, if any.
 
     Raises:
@@ -124,7 +124,7 @@ def recorded_view(metadata: Mapping[str, Any]) -> dict[str, Any]:
     view: dict[str, Any] = {}
     shape = metadata.get("shape")
     if isinstance(shape, list) and len(shape) == 3 and type(shape[1]) is int and shape[1] > 0:
-        view["image_size"] = shape[1]
+        view |= {"image_size": shape[1]} if shape[1] == shape[2] else {}
     fraction, seed = metadata.get("val_fraction"), metadata.get("seed")
     if isinstance(fraction, float) and 0 < fraction < 1 and type(seed) is int and seed >= 0:
         view |= {"val_fraction": fraction, "seed": seed}
@@ -149,7 +149,7 @@ def _check_alike(
         odd = next((str(name) for name in known if name not in data.classes), None)
         raise ConfigError(
             f"the model was trained on {len(known)} classes, the data set has {len(data.classes)}"
-            + (f"; {odd!r} is not among them" if odd else ", or in another order")
+            + (f"; {odd!r} is not among them" if odd else ", in another order")
         )
 
 
@@ -327,8 +327,18 @@ def _recorded_shape(metadata: Mapping[str, Any], weights: Path | None) -> tuple[
 
 
 def _outputs(name: str, channels: int, weights: Path) -> int | None:
-    """Number of the model's outputs by its weights: the length of its last bias there."""
-    model = build_model(name, classes=None, channels=channels).state_dict()
-    last = [key for key, tensor in model.items() if tensor.dim() == 1][-1:]
-    found = [vector for key, vector in read_state_dict(weights).items() if key in last]
-    return len(found[0]) if found and found[0].dim() == 1 else None
+    """Number of outputs by the weights, where it is not the model's own and all else fits."""
+    try:
+        model = build_model(name, classes=None, channels=channels)
+    except ConfigError:  # the user's own function may have to be told a number
+        model = build_model(name, classes=1000, channels=channels)
+    expected = model.state_dict()
+    others = {
+        len(value)
+        for key, value in read_state_dict(weights).items()
+        if value.dim() and key in expected and expected[key].shape != value.shape
+    }
+    if others:
+        return others.pop() if len(others) == 1 else None
+    biases = [value for value in expected.values() if value.dim() == 1]
+    return len(biases[-1]) if biases else None

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import torch
-from accelerate import PartialState
 
-from rankprune.errors import ConfigError
+from rankprune.errors import ConfigError, MissingExtraError
+
+try:
+    from accelerate import PartialState
+except ImportError:
+    raise MissingExtraError("training", "accelerate", "accelerate") from None
 
 
 def process_state() -> PartialState:
@@ -15,7 +19,9 @@ def process_state() -> PartialState:
 
 def on_cpu() -> bool:
     # Accelerate joins a job on CPUs only where it is told that they are CPUs
-    return not torch.accelerator.is_available()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    # Apple's has no fp64, which sums, spectra and plans are computed in
+    return accelerator is None or accelerator.type == "mps"
 
 
 def effective_precision(asked: str, device: torch.device) -> tuple[str, str]:

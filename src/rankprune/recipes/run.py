@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from rankprune.recipes.data import ImageData, load_data
 from rankprune.recipes.evaluate import evaluate
 from rankprune.recipes.models import build_model
 from rankprune.recipes.process import effective_precision, process_state
+from rankprune.recipes.randomness import seed_all
 from rankprune.recipes.train import (
     CHECKPOINT,
     METRICS,
@@ -129,8 +130,14 @@ def preview(config: TrainConfig, data: ImageData) -> Plan | None:
 def _check_answers(config: TrainConfig, data: ImageData, model: nn.Module) -> None:
     """Some networks return more than logits while they are trained."""
     model.train()
-    with torch.no_grad():
-        answers: Any = model(example_inputs(data, batch=2))
+    try:
+        with torch.no_grad():
+            answers: Any = model(example_inputs(data, batch=2))
+    except Exception as error:
+        raise ConfigError(
+            f"model {config.model!r} does not run on images of {data.shape}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(answers, torch.Tensor):
         raise ConfigError(
             f"model {config.model!r} returns a {type(answers).__name__} in training, not logits; "
@@ -162,7 +169,21 @@ def load(config: TrainConfig) -> ImageData:
         ConfigError: it has no part to test with.
         FileError: as in `load_data`.
     """
-    data = load_data(
+    state = process_state()
+    # of several processes the first one fetches, and the others find it
+    first = state.local_main_process_first() if config.download else contextlib.nullcontext()
+    with first:
+        data = _load(config)
+    if data.train is data.test:
+        raise ConfigError(
+            f"{config.data}: training would be tested with the images it has seen; sort them into "
+            "train/CLASS/IMAGE and test/CLASS/IMAGE"
+        )
+    return data
+
+
+def _load(config: TrainConfig) -> ImageData:
+    return load_data(
         config.data,
         root=config.data_root,
         download=config.download,
@@ -171,12 +192,6 @@ def load(config: TrainConfig) -> ImageData:
         seed=config.seed,
         stream=config.stream,
     )
-    if data.train is data.test:
-        raise ConfigError(
-            f"{config.data}: training would be tested with the images it has seen; sort them into "
-            "train/CLASS/IMAGE and test/CLASS/IMAGE"
-        )
-    return data
 
 
 def is_main_process() -> bool:
@@ -210,9 +225,14 @@ def _config_of(folder: Path) -> TrainConfig | None:
     if not (folder / CONFIG).exists():
         return None
     try:
-        return make_config(read_yaml(folder / CONFIG))
-    except (ConfigError, FileError):
+        options = read_yaml(folder / CONFIG)
+        return make_config(options)
+    except FileError:
         return None  # config.yaml is a common name; this one is another program's
+    except ConfigError as error:
+        if not options.keys() <= TrainConfig.model_fields.keys():
+            return None
+        raise ConfigError(f"{folder}: its options are another version's: {error}") from None
 
 
 def _prepare_folder(folder: Path, config: TrainConfig) -> None:
@@ -266,8 +286,7 @@ def saved_metadata(config: TrainConfig, data: ImageData) -> dict[str, Any]:
 
 def _model(config: TrainConfig, data: ImageData) -> nn.Module:
     """The network with the weights that the run starts from."""
-    torch.manual_seed(config.seed)
-    random.seed(config.seed)
+    seed_all(config.seed)
     model = build_model(
         config.model,
         classes=len(data.classes),

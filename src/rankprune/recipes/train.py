@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from rankprune.recipes.evaluate import evaluate
 from rankprune.recipes.interrupt import Interrupted, catching_signals
 from rankprune.recipes.optim import make_optimizer, make_scheduler
 from rankprune.recipes.process import effective_precision, on_cpu, process_state
+from rankprune.recipes.randomness import other_rng_state, set_other_rng_state
 from rankprune.recipes.teacher import Teacher
 from rankprune.serialize import compare_shapes, shapes
 from rankprune.training import Controller
@@ -35,7 +38,7 @@ from rankprune.training import Controller
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 _STATE = {"total", "step", "model", "optimizer", "scheduler", "scaler", "trp", "plan", "sums"}
-_STATE |= {"records", "rng", "cuda_rng"}
+_STATE |= {"records", "rng", "other_rng", "cuda_rng"}
 
 
 class Progress:
@@ -158,6 +161,8 @@ class _Run:
             with catching_signals() as caught:
                 for epoch in range(self.step // self.steps, self.config.epochs):
                     self._epoch(epoch, caught)
+                if stop := self._agreed(caught):  # while the last epoch was validated
+                    raise Interrupted(stop)
         finally:
             self.progress.end()
         plan = self.plan if self.trp is None else self.trp.finish()
@@ -288,15 +293,16 @@ class _Run:
         self._share_buffers()
         sums = self.accelerator.reduce(self.sums, reduction="sum")
         loss, hits, count = sums.tolist()
-        result = evaluate(
-            self.bare,
-            self.data.val,
-            self.data,
-            device=self.accelerator.device,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-            workers=self.config.workers,
-        )
+        with _without_accelerate(self.bare):
+            result = evaluate(
+                self.bare,
+                self.data.val,
+                self.data,
+                device=self.accelerator.device,
+                rank=self.accelerator.process_index,
+                world=self.accelerator.num_processes,
+                workers=self.config.workers,
+            )
         seconds = time.perf_counter() - started
         record = {
             "epoch": epoch + 1,
@@ -357,6 +363,7 @@ class _Run:
                 "plan": None if self.plan is None else self.plan.to_json(),
                 # alike in every process: all are seeded alike, and draw as much
                 "rng": torch.get_rng_state(),
+                "other_rng": other_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
                 "sums": sums,
                 "records": self.records,
@@ -375,6 +382,7 @@ class _Run:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.sums.copy_(state["sums"][rank::world].sum(0))
         torch.set_rng_state(state["rng"])
+        set_other_rng_state(state["other_rng"])
         if torch.cuda.is_available() and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"])
 
@@ -393,6 +401,17 @@ class _Run:
             else None,
             state=None if checkpoint is None else checkpoint["trp"],
         )
+
+
+@contextlib.contextmanager
+def _without_accelerate(model: nn.Module) -> Iterator[None]:
+    """Accelerate replaces the forward pass by one in half precision, on the very model."""
+    forward = model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if forward is not None:
+            model.__dict__["forward"] = forward
 
 
 def trp_options(config: TrainConfig, total: int) -> TRP:

@@ -39,9 +39,9 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     """
     if path.is_dir():
         return load(model, path)
-    state = read_state_dict(path)
+    state, plan = _read(path)
     expected = model
-    if (plan := _plan_of_checkpoint(path)) is not None:
+    if plan is not None:
         expected = copy.deepcopy(model)
         check_plan(expected, plan.factorized)
         factor_skeleton(expected, plan.factorized)
@@ -70,11 +70,19 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         FileError: missing, damaged, or holding anything but tensors.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], Plan | None]:
+    """The tensors, and the plan of a run that trains its factors by now."""
     state: Any
+    plan: Plan | None = None
     if path.suffix == ".safetensors":
         state = read_tensors(path)
     elif is_checkpoint(path):
-        state = read_checkpoint(path).get("model")
+        checkpoint = read_checkpoint(path)
+        state, text = checkpoint.get("model"), checkpoint.get("plan")
+        plan = Plan.from_json(text) if isinstance(text, str) else None
     else:
         state = _torch_file(path)
     for key in _NESTED:
@@ -84,7 +92,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise FileError(f"{path}: not a state dict: expected names with tensors")
     if not state:
         raise FileError(f"{path}: holds no weights")
-    return {_plain(str(key)): value for key, value in state.items()}
+    return {_plain(str(key)): value for key, value in state.items()}, plan
 
 
 def _torch_file(path: Path) -> Any:
@@ -103,14 +111,6 @@ def _torch_file(path: Path) -> Any:
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise FileError(f"{path}: not a torch state dict: {reason}") from None
-
-
-def _plan_of_checkpoint(path: Path) -> Plan | None:
-    """Of a run that trains its factors by now."""
-    if path.suffix == ".safetensors" or not is_checkpoint(path):
-        return None
-    text = read_checkpoint(path).get("plan")
-    return Plan.from_json(text) if isinstance(text, str) else None
 
 
 def _plain(key: str) -> str:

@@ -1,0 +1,35 @@
+"""The random numbers that a model may draw beside torch's: Python's and NumPy's."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_all(seed: int) -> None:
+    """Seed torch, Python and NumPy."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def other_rng_state() -> dict[str, Any]:
+    """States of Python's and NumPy's generators, as numbers, strings and tensors."""
+    version, numbers, gauss = random.getstate()
+    state: Any = np.random.get_state(legacy=True)
+    name, keys, *rest = state
+    return {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
+    }
+
+
+def set_other_rng_state(state: dict[str, Any]) -> None:
+    """Go on with what `other_rng_state` gave."""
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
