@@ -127,6 +127,16 @@ def test_options_are_obeyed_or_refused(tmp_path: Path, args: str, message: str) 
     assert not (tmp_path / "o").exists()
 
 
+def test_weights_that_give_no_numbers(tmp_path: Path) -> None:
+    state = build_model("digits_cnn", classes=10).state_dict()
+    state["17.weight"][0, 0] = torch.nan
+    torch.save(state, tmp_path / "w.pt")
+    args = ("eval", tmp_path / "w.pt", "--model", "digits_cnn", *IMAGES, "--json")
+    done = cli(*args, "--part", "val", code=1)
+    assert "the loss is nan" in done.stderr
+    assert "which images were kept back from training is not recorded" in done.stderr
+
+
 def test_usage_errors_exit_2() -> None:
     cli("nothing", code=2)
     cli("train", "--epochs", "many", "--out", "x", code=2)

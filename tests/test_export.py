@@ -623,3 +623,13 @@ def _settle(model: nn.Module, x: Tensor) -> None:
         for _ in range(3):
             model(torch.cat([x, torch.randn_like(x)]))
     model.eval()
+
+
+def test_the_file_is_compared_with_what_is_given(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    other = nn.Sequential(nn.Linear(8, 4))
+    path, x = tmp_path / "m.onnx", torch.randn(1, 8)
+    with pytest.raises(ExportError, match="outputs differ"):
+        export_onnx(model, path, example_inputs=x, reference=other)
+    assert not path.exists()
+    assert export_onnx(model, path, example_inputs=x, reference=model) < 1e-5  # type: ignore[operator]
