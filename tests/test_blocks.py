@@ -172,3 +172,17 @@ def test_blocks_that_change_their_input_see_it_once() -> None:
     assert len(expected) == len(found) == 6
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_planned_layers_that_are_never_called_get_the_plain_svd() -> None:
+    model = Network().eval()
+    model.head = nn.Sequential(nn.Linear(24, 16))
+    model.spare = nn.Linear(24, 24)
+    plan = rp.make_plan(model, rp.FixedRank(4), guard=False)
+    only_spare = rp.Plan(
+        layers=tuple(layer for layer in plan.layers if layer.name == "spare"),
+        dense_params=plan.dense_params,
+    )
+    expected = rp.factorize(model, only_spare).spare.dense_weight()
+    compact = rp.factorize_blocks(model, only_spare, batches())
+    torch.testing.assert_close(compact.spare.dense_weight(), expected)

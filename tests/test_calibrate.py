@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
@@ -371,8 +370,6 @@ def _calibrated_after_compiling() -> None:
     assert len(rp.calibrate(model, images()).moments) == 3
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_compiled_code_knows_the_hooks() -> None:
     apart(_calibrated_after_compiling)
 

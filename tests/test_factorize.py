@@ -534,3 +534,15 @@ def test_a_model_in_ddp_is_refused() -> None:
     plan = make_plan(model, FixedRank(2))
     with pytest.raises(ConfigError, match=r"factorise model\.module, then wrap"):
         factorize(Wrapped(model), plan)
+
+
+def test_a_bias_that_layers_share_stays_shared() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    model[2].bias = model[0].bias
+    plan = make_plan(model, FixedRank(2))
+    compact = factorize(model, plan)
+    assert compact[0].bias is compact[2].bias
+    assert compact[0].bias is not model[0].bias
+    dense = defactorize(compact)
+    assert dense[0].bias is dense[2].bias
+    assert count_params(dense) == count_params(model)

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import importlib
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -815,8 +814,6 @@ def _train_compiled(when: str, tmp_path: Path) -> None:
         assert torch.equal(parameter, same)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("when", ["projection", "step"])
 def test_a_compiled_model_trains_as_the_uncompiled_one(when: str, tmp_path: Path) -> None:
     apart(lambda: _train_compiled(when, tmp_path))

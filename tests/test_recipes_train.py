@@ -20,7 +20,7 @@ from rankprune.recipes.config import TrainConfig, make_config
 from rankprune.recipes.data import load_data
 from rankprune.recipes.interrupt import Interrupted
 from rankprune.recipes.models import build_model
-from rankprune.recipes.randomness import other_rng_state, seed_all, set_other_rng_state
+from rankprune.recipes.randomness import random_state, seed_all, set_random_state
 from rankprune.recipes.train import Progress, fit
 
 DATA = load_data("fake", image_size=8)
@@ -62,15 +62,20 @@ def test_a_signal_in_the_last_validation_ends_the_run(tmp_path: Path) -> None:
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
 
 
-def test_random_numbers_of_python_and_numpy_go_on(tmp_path: Path) -> None:
+def test_random_numbers_go_on(tmp_path: Path) -> None:
     seed_all(3)
     random.gauss(0, 1)  # which keeps a second one for the next call
     np.random.standard_normal(3)
-    torch.save(other_rng_state(), tmp_path / "state.pt")
-    drawn = [random.gauss(0, 1), random.random(), *np.random.standard_normal(4)]
+    torch.save(random_state(), tmp_path / "state.pt")
+
+    def draw() -> list[float]:
+        own = [random.gauss(0, 1), random.random(), *np.random.standard_normal(4)]
+        return [*own, *torch.randn(3).tolist()]
+
+    drawn = draw()
     seed_all(4)
-    set_other_rng_state(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert [random.gauss(0, 1), random.random(), *np.random.standard_normal(4)] == drawn
+    set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert draw() == drawn
 
 
 @pytest.mark.parametrize(

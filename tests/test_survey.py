@@ -231,3 +231,13 @@ def test_a_stride_may_be_one_number() -> None:
     flat = nn.Linear(8, 8)
     flat.weight = nn.Parameter(flat.weight.flatten())
     assert LayerSpec.of(flat) is None
+
+
+def test_a_forward_that_was_put_back_is_the_classes_own() -> None:
+    """As accelerate leaves it when its hooks are removed."""
+    layer = nn.Linear(8, 8)
+    before = layer.forward
+    layer.forward = functools.partial(torch.zeros_like)  # type: ignore[method-assign]
+    assert LayerSpec.of(layer) is None
+    layer.forward = before  # type: ignore[method-assign]
+    assert LayerSpec.of(layer) is not None

@@ -13,8 +13,12 @@ from torch import nn
 
 from rankprune.errors import ConfigError
 from rankprune.options import TRP
+from rankprune.planner import rank_rules
 from rankprune.profile import ExampleInputs
-from rankprune.training import Controller, leaving_dense, trainable, unwrap
+from rankprune.ranks import Ratio
+from rankprune.sharded import reshard
+from rankprune.survey import survey
+from rankprune.training import Controller, unwrap
 
 
 def attach(
@@ -119,6 +123,25 @@ def attach(
         raw.register_step_post_hook(stepped),
     ]
     return controller
+
+
+def trainable(model: nn.Module, options: TRP) -> dict[str, nn.Parameter]:
+    """The weights that options project, by layer; under a budget those that they may project."""
+    reshard(model)
+    if options.plan is not None:
+        names = {layer.name for layer in options.plan.factorized}
+    else:
+        # which layers an override leaves dense does not depend on the rule
+        wanted = rank_rules(model, Ratio(1.0), overrides=options.overrides)
+        names = {site.name for site in survey(model) if not site.obstacle and site.name in wanted}
+    weights = {name: module.weight for name, module in model.named_modules() if name in names}
+    return {name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter)}
+
+
+def leaving_dense(options: TRP, name: str) -> str:
+    """How to ask for a layer to be left dense."""
+    call = "TRP(" if options.plan is None else "make_plan(…, "
+    return f"{call}overrides={{{name!r}: None}})"
 
 
 def _skipped(optimizer: torch.optim.Optimizer) -> bool:

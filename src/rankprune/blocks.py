@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from rankprune.calibrate import Stats, calibrate, mask_of, moved, run, sites_to_calibrate
+from rankprune.calibrate import Stats, collect, mask_of, moved, run, sites_to_calibrate
 from rankprune.errors import ConfigError, near
 from rankprune.factorize import check_plan, factorize
 from rankprune.plan import LayerPlan, Plan
-from rankprune.profile import count_params, evaluating
+from rankprune.profile import count_params, evaluating, uncompiled
 from rankprune.recorder import Recorder
 
 
@@ -50,7 +50,7 @@ class Block:
 
     def calibrate(self, dtype: torch.dtype = torch.float32) -> Stats:
         """Second moments of its layers' inputs, by their names within the block."""
-        with evaluating(self.module):
+        with evaluating(self.module), uncompiled():
             recorder = Recorder(self.module, sites_to_calibrate(self.module), dtype)
             with recorder:
                 for state in self._calls:
@@ -109,7 +109,8 @@ def factorize_blocks(
         _factorize(model, [rest.pop(name) for name in stats.moments if name in rest], stats)
         block.advance()
     names = [site.name for site in sites_to_calibrate(model) if site.name in rest]
-    _factorize(model, rest.values(), calibrate(model, batches, layers=names) if names else None)
+    # those that are not called get the plain SVD
+    _factorize(model, rest.values(), collect(model, batches, layers=names) if names else None)
     return model
 
 
@@ -172,7 +173,7 @@ def _first_calls(model: nn.Module, names: list[str], batches: Iterable[Any]) -> 
         calls.append(_call(args, kwargs, mask, names[0]))
         raise _Stop
 
-    with evaluating(model), _uncached(model):
+    with evaluating(model), uncompiled(), _uncached(model):
         for batch in moved(batches, model):
             mask = mask_of(batch)
             if whole and not calls:

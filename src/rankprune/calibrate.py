@@ -100,6 +100,24 @@ def calibrate(
         >>> plan = rp.make_plan(model, rp.Energy(0.95), stats=stats)
         >>> compact = rp.factorize(model, plan, stats=stats)
     """
+    stats = collect(
+        model, batches, layers=layers, sensitivity=sensitivity, dtype=dtype, progress=progress
+    )
+    if not stats.moments:
+        raise ConfigError("no layer that can be calibrated is called in the forward pass")
+    return stats
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    layers: str | Sequence[str] = "*",
+    sensitivity: bool | Callable[[Any], Tensor] = False,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[int], None] | None = None,
+) -> Stats:
+    """The same, of those layers that are called, even if they are none."""
     if dtype not in (torch.float32, torch.float64):
         raise ConfigError(f"dtype={dtype}: torch.float32 or torch.float64")
     sites = _wanted(model, [layers] if isinstance(layers, str) else list(layers))
@@ -108,7 +126,7 @@ def calibrate(
     done = 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        stack.enter_context(uncompiled(model))
+        stack.enter_context(uncompiled())
         if sensitivity:  # whatever the caller is in
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -126,8 +144,6 @@ def calibrate(
                 progress(done)
     if not done:
         raise ConfigError(f"no batches to calibrate with; {_ABOUT_BATCHES}")
-    if not recorder.moments:
-        raise ConfigError("no layer that can be calibrated is called in the forward pass")
     return Stats(recorder.moments, done, recorder.norms)
 
 
@@ -161,7 +177,7 @@ def recalibrate_bn(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     ]
     done = 0
     finished = False
-    with evaluating(model), uncompiled(model):
+    with evaluating(model), uncompiled():
         try:
             for norm in norms:
                 norm.reset_running_stats()

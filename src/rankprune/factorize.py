@@ -274,7 +274,7 @@ def defactorize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             composed[id(weight)] = _weight(dense)
         bias = low_rank[1].bias
         if isinstance(bias, nn.Parameter):
-            _set(dense, "bias", bias.detach(), bias)
+            dense.bias = bias
         dense.train(low_rank.training)
         swap(model, name, dense)
     for module in model.modules():
@@ -406,8 +406,7 @@ def _keep_mean(
 
 
 def _place(model: nn.Module, entry: LayerPlan, first: nn.Module, second: nn.Module) -> None:
-    """Put factors in place of a layer and of those tied to it; biases are shared as before."""
-    biases: dict[tuple[str, int], nn.Parameter] = {}
+    """Put factors in place of a layer and of those tied to it; biases go over as they are."""
     for name in (entry.name, *entry.tied):
         dense = model.get_submodule(name)
         head, tail = first, second
@@ -416,10 +415,7 @@ def _place(model: nn.Module, entry: LayerPlan, first: nn.Module, second: nn.Modu
         if tail.bias is not None:
             bias = dense.bias
             assert isinstance(bias, nn.Parameter)
-            if tensor_key(bias) not in biases:
-                _set(tail, "bias", bias.detach(), bias)
-                biases[tensor_key(bias)] = _bias(tail)
-            tail.bias = biases[tensor_key(bias)]
+            tail.bias = bias
         low_rank = LowRank(head, tail, entry)
         low_rank.train(dense.training)
         swap(model, name, low_rank)
@@ -439,12 +435,6 @@ def _weight(module: nn.Module) -> nn.Parameter:
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     return weight
-
-
-def _bias(module: nn.Module) -> nn.Parameter:
-    bias = module.bias
-    assert isinstance(bias, nn.Parameter)
-    return bias
 
 
 def _set(module: nn.Module, name: str, values: Tensor, like: nn.Parameter) -> None:

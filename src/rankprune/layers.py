@@ -44,8 +44,6 @@ def _computes(module: nn.Module) -> type[nn.Module] | None:
 
     What else a subclass brings (an initialisation, `fully_shard`'s mixin) changes no answer.
     """
-    if "forward" in vars(module):
-        return None  # replaced on this one object, which then computes something else
     if _is_timm_linear(module):
         return nn.Linear
     for layer in _LAYERS:
@@ -60,6 +58,11 @@ def _computes(module: nn.Module) -> type[nn.Module] | None:
 def _each(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
     """As torch reads it: one number is for all dimensions."""
     return (value,) * dims if isinstance(value, int) else tuple(value)
+
+
+def forward_is_replaced(module: nn.Module) -> bool:
+    """Whether this one object computes something else than its class."""
+    return _code(module, "forward") is not _code(type(module), "forward")
 
 
 def _code(owner: nn.Module | type[nn.Module], name: str) -> object:
@@ -142,10 +145,13 @@ class LayerSpec:
         >>> spec.kernel_size, spec.weight_shape
         ((3, 1), (8, 3, 3, 1))
         """
+        if forward_is_replaced(module):
+            return None
         kind = _computes(module)
+        linear = kind is nn.Linear or is_hf_conv1d(module)
+        if linear and cast(Tensor, module.weight).dim() != 2:
+            return None  # flattened, to be sharded
         if kind is nn.Linear:
-            if cast(Tensor, module.weight).dim() != 2:
-                return None  # flattened, to be sharded
             out_features, in_features = cast(Tensor, module.weight).shape
             return cls(
                 kind="linear",
@@ -153,7 +159,7 @@ class LayerSpec:
                 out_channels=out_features,
                 bias=module.bias is not None,
             )
-        if is_hf_conv1d(module) and "forward" not in vars(module):
+        if is_hf_conv1d(module):
             in_features, out_features = cast(Tensor, module.weight).shape
             return cls(
                 kind="hf_conv1d", in_channels=in_features, out_channels=out_features, bias=True
@@ -161,14 +167,14 @@ class LayerSpec:
         if kind is not None:
             conv: Any = module
             dims = conv.weight.dim() - 2
-            if dims != len(conv.kernel_size):
+            if dims < 1:
                 return None  # flattened, to be sharded
             return cls(
                 kind="conv" if kind in _CONV.values() else "conv_transpose",
                 in_channels=conv.in_channels,
                 out_channels=conv.out_channels,
                 bias=conv.bias is not None,
-                kernel_size=tuple(conv.kernel_size),
+                kernel_size=_each(conv.kernel_size, dims),
                 stride=_each(conv.stride, dims),
                 padding=conv.padding
                 if isinstance(conv.padding, str)

@@ -7,6 +7,7 @@ torch counts inside it and the shapes that it really sees, however often it is c
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -131,6 +132,7 @@ def profile(model: nn.Module, example_inputs: ExampleInputs) -> Profile:
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(leave).remove)
         stack.enter_context(evaluating(model))
+        stack.enter_context(uncompiled())
         stack.enter_context(_frozen(model))
         stack.enter_context(_plain_attention())
         try:
@@ -177,13 +179,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
-    """Call a model without torch.compile's code, which knows no hooks that came after it."""
-    compiled = any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
-    if not compiled:  # importing the compiler takes seconds
+def uncompiled() -> Iterator[None]:
+    """Call models without torch.compile's code, which knows no hooks that came after it."""
+    if "torch._dynamo" not in sys.modules:  # importing it takes seconds
         yield
         return
     with torch.compiler.set_stance("force_eager"):

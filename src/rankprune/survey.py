@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from rankprune.errors import naming
-from rankprune.layers import LayerSpec
+from rankprune.layers import LayerSpec, forward_is_replaced
 from rankprune.linalg import check_finite, singular_values
 from rankprune.moments import Moment
 from rankprune.profile import Profile, factor_flops
@@ -216,7 +216,7 @@ def _obstacle(module: nn.Module, spec: LayerSpec | None, parent: nn.Module | Non
     if is_parametrized(module):
         return "weight is parametrised (torch.nn.utils.parametrize)"
     if spec is None:
-        if "forward" in vars(module):
+        if forward_is_replaced(module):
             return f"the forward of this {_type(module)} is replaced"
         return f"{_type(module)} is not supported"
     if not math.prod(spec.weight_shape):

@@ -37,10 +37,9 @@ from rankprune.planner import (
     wanted_rank,
 )
 from rankprune.profile import ExampleInputs, profile
-from rankprune.ranks import RankRule, Ratio, Spectrum
+from rankprune.ranks import RankRule, Spectrum
 from rankprune.schemes import SCHEMES, get_scheme
 from rankprune.sharded import full_tensor, local_part, reshard
-from rankprune.survey import survey
 from rankprune.targets import Target, carry_out, check_weights
 
 # How often a descending budget is spent anew as the spectra move.
@@ -417,25 +416,6 @@ def project(model: nn.Module, plan: Plan) -> None:
     """
     controller = Controller(model, TRP(plan=plan, guard=False))
     controller.project()
-
-
-def trainable(model: nn.Module, options: TRP) -> dict[str, nn.Parameter]:
-    """The weights that options project, by layer; under a budget those that they may project."""
-    reshard(model)
-    if options.plan is not None:
-        names = {layer.name for layer in options.plan.factorized}
-    else:
-        # which layers an override leaves dense does not depend on the rule
-        wanted = rank_rules(model, Ratio(1.0), overrides=options.overrides)
-        names = {site.name for site in survey(model) if not site.obstacle and site.name in wanted}
-    weights = {name: module.weight for name, module in model.named_modules() if name in names}
-    return {name: weight for name, weight in weights.items() if isinstance(weight, nn.Parameter)}
-
-
-def leaving_dense(options: TRP, name: str) -> str:
-    """How to ask for a layer to be left dense."""
-    call = "TRP(" if options.plan is None else "make_plan(…, "
-    return f"{call}overrides={{{name!r}: None}})"
 
 
 def unwrap(model: nn.Module) -> nn.Module:

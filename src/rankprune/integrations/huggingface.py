@@ -180,12 +180,17 @@ class RankPruneQuantizer(HfQuantizer):
         for twin in _twins(config.plan.layers):
             del state[twin]
         tied = model.all_tied_weights_keys
-        for name in (name for layer in config.plan.layers for name in layer.tied):
+        seen: set[int] = set()
+        for name in low_rank_layers(model):
             key = f"{name}.1.bias"
+            if key not in state:
+                continue
             if key in tied or f"{name}.bias" in tied:
-                del state[key]  # read as the first layer's
-            elif key in state:
+                del state[key]  # read as another layer's
+            elif state[key].data_ptr() in seen:
                 state[key] = state[key].clone()  # transformers writes no tensor twice
+            else:
+                seen.add(state[key].data_ptr())
         return state, {}
 
     def is_serializable(self) -> bool:
@@ -250,7 +255,7 @@ def _tie(model: PreTrainedModel, layers: list[LayerPlan]) -> None:
     biases = {
         target.removesuffix("bias") + "1.bias": source.removesuffix("bias") + "1.bias"
         for target, source in kept.items()
-        if target.startswith(gone) and target.endswith(".bias")
+        if target.startswith(gone) and source.startswith(gone) and target.endswith(".bias")
     }
     others = {target: kept[target] for target in kept if not target.startswith(gone)}
     model.all_tied_weights_keys = others | biases | _twins(layers)

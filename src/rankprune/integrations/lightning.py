@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from rankprune.attach import attach
+from rankprune.attach import attach, leaving_dense, trainable
 from rankprune.errors import ConfigError, MissingExtraError
 from rankprune.options import TRP
 from rankprune.plan import Plan
 from rankprune.profile import ExampleInputs
-from rankprune.training import Controller, leaving_dense, trainable
+from rankprune.training import Controller
 
 
 def _framework() -> Any:

@@ -33,7 +33,9 @@ from rankprune.recipes.hf import LanguageModel, model_class, open_tokenizer
 
 try:
     from accelerate import init_empty_weights
-except ImportError:
+except ModuleNotFoundError as error:
+    if error.name != "accelerate":
+        raise  # it is installed, but lacks something itself
     raise MissingExtraError("streaming", "accelerate", "transformers") from None
 
 INDEX = "model.safetensors.index.json"
@@ -125,7 +127,7 @@ def compress_streaming(
     """
     if isinstance(target, Budget) and set(target.bounds()) != {"params"}:
         raise ConfigError("block by block a budget can bound params alone")
-    if out.resolve() == folder.resolve():
+    if out.exists() and out.samefile(folder):
         raise ConfigError(f"{out}: is the model's own folder; choose another one")
     config, kind = model_class(folder)
     kinds = sorted(set(getattr(config.get_text_config(), "layer_types", None) or ()))

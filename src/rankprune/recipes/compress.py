@@ -149,7 +149,8 @@ def _check_alike(
         odd = next((str(name) for name in known if name not in data.classes), None)
         raise ConfigError(
             f"the model was trained on {len(known)} classes, the data set has {len(data.classes)}"
-            + (f"; {odd!r} is not among them" if odd else ", in another order")
+            + (f"; {odd!r} is not among them" if odd else "")
+            + (", in another order" if sorted(map(str, known)) == sorted(data.classes) else "")
         )
 
 
@@ -328,17 +329,16 @@ def _recorded_shape(metadata: Mapping[str, Any], weights: Path | None) -> tuple[
 
 def _outputs(name: str, channels: int, weights: Path) -> int | None:
     """Number of outputs by the weights, where it is not the model's own and all else fits."""
+    usual = None
     try:
-        model = build_model(name, classes=None, channels=channels)
+        model = build_model(name, classes=usual, channels=channels)
     except ConfigError:  # the user's own function may have to be told a number
-        model = build_model(name, classes=1000, channels=channels)
+        usual = 1000
+        model = build_model(name, classes=usual, channels=channels)
     expected = model.state_dict()
     others = {
         len(value)
         for key, value in read_state_dict(weights).items()
         if value.dim() and key in expected and expected[key].shape != value.shape
     }
-    if others:
-        return others.pop() if len(others) == 1 else None
-    biases = [value for value in expected.values() if value.dim() == 1]
-    return len(biases[-1]) if biases else None
+    return others.pop() if len(others) == 1 else usual

@@ -8,7 +8,9 @@ from rankprune.errors import ConfigError, MissingExtraError
 
 try:
     from accelerate import PartialState
-except ImportError:
+except ModuleNotFoundError as error:
+    if error.name != "accelerate":
+        raise  # it is installed, but lacks something itself
     raise MissingExtraError("training", "accelerate", "accelerate") from None
 
 
@@ -34,9 +36,9 @@ def effective_precision(asked: str, device: torch.device) -> tuple[str, str]:
         return asked, ""
     if asked == "fp16":
         raise ConfigError("precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return asked, ""
     return "fp32", (
-        "this CPU has no bf16 arithmetic (AVX-512 or AMX) and emulates it many times slower: "
-        "computing in fp32"
+        "this CPU has no bf16 arithmetic that torch can use (AVX-512 or AMX) and would emulate it "
+        "many times slower: computing in fp32"
     )

@@ -1,4 +1,4 @@
-"""The random numbers that a model may draw beside torch's: Python's and NumPy's."""
+"""The random numbers that a model may draw: torch's, Python's and NumPy's."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed % 2**32)
 
 
-def other_rng_state() -> dict[str, Any]:
-    """States of Python's and NumPy's generators, as numbers, strings and tensors."""
+def random_state() -> dict[str, Any]:
+    """Where the generators are, as numbers, strings and tensors."""
     version, numbers, gauss = random.getstate()
     state: Any = np.random.get_state(legacy=True)
     name, keys, *rest = state
     return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "python": [version, list(numbers), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *rest],
     }
 
 
-def set_other_rng_state(state: dict[str, Any]) -> None:
-    """Go on with what `other_rng_state` gave."""
+def set_random_state(state: dict[str, Any]) -> None:
+    """Go on with what `random_state` gave."""
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = state["numpy"]

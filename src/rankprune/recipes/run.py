@@ -230,9 +230,11 @@ def _config_of(folder: Path) -> TrainConfig | None:
     except FileError:
         return None  # config.yaml is a common name; this one is another program's
     except ConfigError as error:
-        if not options.keys() <= TrainConfig.model_fields.keys():
+        if not {"data", "model"} <= options.keys():
             return None
-        raise ConfigError(f"{folder}: its options are another version's: {error}") from None
+        raise ConfigError(
+            f"{folder}: its config.yaml is not of this version: {error}; choose another folder"
+        ) from None
 
 
 def _prepare_folder(folder: Path, config: TrainConfig) -> None:

@@ -30,7 +30,7 @@ from rankprune.recipes.evaluate import evaluate
 from rankprune.recipes.interrupt import Interrupted, catching_signals
 from rankprune.recipes.optim import make_optimizer, make_scheduler
 from rankprune.recipes.process import effective_precision, on_cpu, process_state
-from rankprune.recipes.randomness import other_rng_state, set_other_rng_state
+from rankprune.recipes.randomness import random_state, set_random_state
 from rankprune.recipes.teacher import Teacher
 from rankprune.serialize import compare_shapes, shapes
 from rankprune.training import Controller
@@ -38,7 +38,7 @@ from rankprune.training import Controller
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 _STATE = {"total", "step", "model", "optimizer", "scheduler", "scaler", "trp", "plan", "sums"}
-_STATE |= {"records", "rng", "other_rng", "cuda_rng"}
+_STATE |= {"records", "random"}
 
 
 class Progress:
@@ -335,7 +335,10 @@ class _Run:
         state = read_checkpoint(path)
         missing = _STATE - state.keys()
         if missing:
-            raise FileError(f"{path}: not a checkpoint of a run: {min(missing)!r} is missing")
+            raise FileError(
+                f"{path}: not a checkpoint of a run of this version: {min(missing)!r} is missing; "
+                "start anew, in another folder"
+            )
         if state["total"] != self.total:
             raise FileError(
                 f"{path}: a checkpoint of another run ({state['total']} steps, this one has "
@@ -362,9 +365,7 @@ class _Run:
                 "trp": None if self.trp is None else self.trp.state_dict(),
                 "plan": None if self.plan is None else self.plan.to_json(),
                 # alike in every process: all are seeded alike, and draw as much
-                "rng": torch.get_rng_state(),
-                "other_rng": other_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+                "random": random_state(),
                 "sums": sums,
                 "records": self.records,
             }
@@ -381,10 +382,7 @@ class _Run:
         # every process its own; where there are fewer now, one takes those of several
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         self.sums.copy_(state["sums"][rank::world].sum(0))
-        torch.set_rng_state(state["rng"])
-        set_other_rng_state(state["other_rng"])
-        if torch.cuda.is_available() and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"])
+        set_random_state(state["random"])
 
     def _attach(self, checkpoint: dict[str, Any] | None) -> Controller | None:
         if self.config.method != "trp":
@@ -406,12 +404,16 @@ class _Run:
 @contextlib.contextmanager
 def _without_accelerate(model: nn.Module) -> Iterator[None]:
     """Accelerate replaces the forward pass by one in half precision, on the very model."""
-    forward = model.__dict__.pop("forward", None)
+    original = vars(model).get("_original_forward")
+    if original is None:
+        yield
+        return
+    replaced = model.forward
+    model.forward = original
     try:
         yield
     finally:
-        if forward is not None:
-            model.__dict__["forward"] = forward
+        model.forward = replaced
 
 
 def trp_options(config: TrainConfig, total: int) -> TRP:
