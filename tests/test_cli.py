@@ -500,4 +500,6 @@ def _documented(page: str) -> list[str]:
 @pytest.mark.parametrize("args", _documented("imagenet.md"))
 def test_documented_commands_lack_nothing_but_their_files(tmp_path: Path, args: str) -> None:
     done = cli(*shlex.split(args), code=3, cwd=tmp_path)
-    assert re.search(r"^error: (imagenet: no such folder|runs/\S+: no (report|such file))", done.stderr)
+    assert re.search(
+        r"^error: (imagenet: no such folder|runs/\S+: no (report|such file))", done.stderr
+    )

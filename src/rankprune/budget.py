@@ -87,7 +87,7 @@ def spend(
     dense: Mapping[str, float],
     gain: float = 1.0,
 ) -> list[Option]:
-    """Least total loss within the budget.
+    """Least total loss within the budget, which is used to within a hundredth where it can be.
 
     Args:
         groups: the options of each layer.

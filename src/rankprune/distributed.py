@@ -222,5 +222,5 @@ def _fail(job: Job, owner: int, result: Projected | Exception | None) -> NoRetur
     shape = (job.shape.batch, job.shape.rows, job.shape.cols)
     raise NumericsError(
         f"layer {job.layer!r}: a decomposition of {shape} failed in process {owner}; its own "
-        "message says why"
+        "message says why; go back to the last good checkpoint"
     )
