@@ -143,3 +143,26 @@ def test_factor_flops_run_on_shapes_alone() -> None:
     assert second is not None
     assert factor_flops((first, second), ((2, 10**5), (5, 10**5))) == 7 * 2 * 2 * 3 * 10**5
     assert factor_flops((first, second), ()) == 0
+
+
+def test_what_a_network_keeps_for_evaluation_is_dropped_as_it_wants() -> None:
+    """As timm's LeViT keeps its attention biases."""
+
+    class Cached(nn.Linear):
+        cache: torch.Tensor | None = None
+
+        def train(self, mode: bool = True) -> Cached:
+            if mode:
+                self.cache = None
+            return super().train(mode)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not self.training:
+                self.cache = self.weight.detach()
+            return super().forward(x)
+
+    model = nn.Sequential(Cached(4, 4), nn.Dropout())
+    model[1].eval()
+    profile(model, torch.zeros(1, 4))
+    assert model[0].cache is None
+    assert [module.training for module in model] == [True, False]

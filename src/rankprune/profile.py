@@ -175,6 +175,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes.items():
+            if type(module).train is not nn.Module.train:
+                module.train(training)  # it may drop what it keeps for evaluation
+        for module, training in modes.items():
             module.training = training
 
 
