@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from rankprune.calibrate import Stats, collect, mask_of, moved, run, sites_to_calibrate
+from rankprune.calibrate import Stats, mask_of, moved, record, run, sites_to_calibrate
 from rankprune.errors import ConfigError, near
 from rankprune.factorize import check_plan, factorize
 from rankprune.plan import LayerPlan, Plan
@@ -108,9 +108,9 @@ def factorize_blocks(
         stats = block.calibrate().within(block.name)
         _factorize(model, [rest.pop(name) for name in stats.moments if name in rest], stats)
         block.advance()
-    names = [site.name for site in sites_to_calibrate(model) if site.name in rest]
+    sites = [site for site in sites_to_calibrate(model) if site.name in rest]
     # those that are not called get the plain SVD
-    _factorize(model, rest.values(), collect(model, batches, layers=names) if names else None)
+    _factorize(model, rest.values(), record(Recorder(model, sites), batches) if sites else None)
     return model
 
 

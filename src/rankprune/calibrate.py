@@ -100,28 +100,24 @@ def calibrate(
         >>> plan = rp.make_plan(model, rp.Energy(0.95), stats=stats)
         >>> compact = rp.factorize(model, plan, stats=stats)
     """
-    stats = collect(
-        model, batches, layers=layers, sensitivity=sensitivity, dtype=dtype, progress=progress
-    )
+    if dtype not in (torch.float32, torch.float64):
+        raise ConfigError(f"dtype={dtype}: torch.float32 or torch.float64")
+    sites = _wanted(model, [layers] if isinstance(layers, str) else list(layers))
+    kind = SensitivityRecorder if sensitivity else Recorder
+    stats = record(kind(model, sites, dtype), batches, sensitivity, progress)
     if not stats.moments:
         raise ConfigError("no layer that can be calibrated is called in the forward pass")
     return stats
 
 
-def collect(
-    model: nn.Module,
+def record(
+    recorder: Recorder,
     batches: Iterable[Any],
-    *,
-    layers: str | Sequence[str] = "*",
     sensitivity: bool | Callable[[Any], Tensor] = False,
-    dtype: torch.dtype = torch.float32,
     progress: Callable[[int], None] | None = None,
 ) -> Stats:
-    """The same, of those layers that are called, even if they are none."""
-    if dtype not in (torch.float32, torch.float64):
-        raise ConfigError(f"dtype={dtype}: torch.float32 or torch.float64")
-    sites = _wanted(model, [layers] if isinstance(layers, str) else list(layers))
-    kind = SensitivityRecorder if sensitivity else Recorder
+    """What a recorder sees of its model; layers that are not called are missing."""
+    model = recorder.model
     generator = torch.Generator().manual_seed(0)
     done = 0
     with contextlib.ExitStack() as stack:
@@ -130,7 +126,7 @@ def collect(
         if sensitivity:  # whatever the caller is in
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-        recorder = stack.enter_context(kind(model, sites, dtype))
+        stack.enter_context(recorder)
         for batch in moved(batches, model):
             mask = mask_of(batch)
             recorder.mask = mask
