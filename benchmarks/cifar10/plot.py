@@ -64,8 +64,9 @@ def main() -> None:
         rows = max((rows for key, rows in groups.items() if key[0] == model), key=_variety)
         targets = {row["target"] for row in rows} - {None}
         if _variety(rows) > 1 and len(targets) > 1:
-            # what ran away past all targets would squeeze the rest
-            rows = [row for row in rows if row["flops_reduction"] < 1.2 * max(targets)]
+            # what ran away past all targets, or lost most, would squeeze the rest
+            most, least = 1.2 * max(targets), max(row["accuracy"] for row in rows) - 8
+            rows = [r for r in rows if r["flops_reduction"] < most and r["accuracy"] > least]
             plot(model, rows, IMAGES / f"cifar10-{model}.svg")
 
 
