@@ -121,10 +121,10 @@ def _linear() -> nn.Module:
 
 
 _NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[str, ...]]] = {
-    "small_cnn": (small_cnn, (2, 3, 12, 12), ("auto", "decoupled")),
-    "2-d": (_two_dimensional, (2, 4, 9, 8), ("channel", "spatial", "decoupled")),
-    "1-d": (_one_dimensional, (2, 4, 15), ("channel", "decoupled")),
-    "3-d": (_three_dimensional, (2, 4, 4, 5, 4), ("channel", "decoupled")),
+    "small_cnn": (small_cnn, (2, 3, 12, 12), ("auto", "decoupled", "depthwise")),
+    "2-d": (_two_dimensional, (2, 4, 9, 8), ("channel", "spatial", "decoupled", "depthwise")),
+    "1-d": (_one_dimensional, (2, 4, 15), ("channel", "decoupled", "depthwise")),
+    "3-d": (_three_dimensional, (2, 4, 4, 5, 4), ("channel", "decoupled", "depthwise")),
     "linear": (_linear, (2, 5, 12), ("auto",)),
     "tied": (TiedConvs, (2, 12, 6, 6), ("auto",)),
     "shared": (SharedModule, (2, 20), ("auto",)),

@@ -341,7 +341,14 @@ def test_a_weight_that_is_only_looked_at_is_not_multiplied_out(
 
 @pytest.mark.parametrize(
     ("dims", "scheme"),
-    [(1, "channel"), (1, "decoupled"), (2, "spatial"), (2, "decoupled"), (3, "channel")],
+    [
+        (1, "channel"),
+        (1, "decoupled"),
+        (2, "spatial"),
+        (2, "decoupled"),
+        (2, "depthwise"),
+        (3, "channel"),
+    ],
 )
 def test_a_transposed_convolution_can_be_asked_for_a_size(dims: int, scheme: str) -> None:
     kinds = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

@@ -185,7 +185,7 @@ def test_folding_keeps_the_answers(name: str) -> None:
     assert _layers(folded) == after
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial", "decoupled"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "decoupled", "depthwise"])
 def test_a_norm_goes_into_the_second_factor(scheme: str) -> None:
     torch.manual_seed(0)
     model = _randomise(

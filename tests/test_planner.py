@@ -195,7 +195,7 @@ def test_a_guarded_plan_never_costs_more(scheme: str) -> None:
 def test_auto_takes_the_cheapest_scheme() -> None:
     model, x = small_cnn(), cnn_input()
     plan = make_plan(model, Ratio(0.3), example_inputs=x, guard=False)
-    for name in ("channel", "spatial", "decoupled"):
+    for name in ("channel", "spatial", "decoupled", "depthwise"):
         other = make_plan(model, Ratio(0.3), scheme=name, example_inputs=x, guard=False)
         for layer, alone in zip(plan.layers, other.layers, strict=True):
             if not alone.dense:

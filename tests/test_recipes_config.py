@@ -64,7 +64,7 @@ def test_bad_options_are_named(values: dict[str, object], message: str) -> None:
 
 
 @pytest.mark.parametrize(("preset", "epochs"), [("paper", 164), ("paper-imagenet", 10)])
-@pytest.mark.parametrize("scheme", ["channel", "spatial", "decoupled"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "decoupled", "depthwise"])
 def test_presets_are_complete(preset: str, epochs: int, scheme: str) -> None:
     config = make_config({**BASE, **PRESETS[preset], "scheme": scheme, "nuclear": 0.0})
     assert (config.epochs, config.every, config.rank) == (epochs, 20, "energy:0.98")

@@ -205,7 +205,7 @@ def test_text_has_a_line_for_every_measured_latency(
     ]
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial", "decoupled", "auto"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "decoupled", "depthwise", "auto"])
 def test_error_and_spectrum_are_those_of_the_dense_weight(scheme: str) -> None:
     model = small_cnn()
     plan = make_plan(model, FixedRank(2), scheme=scheme, guard=False)

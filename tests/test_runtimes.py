@@ -276,8 +276,10 @@ PLAIN = [case for case in CASES if _plain(case.spec)]
 
 
 def _chains(case: Case) -> list[tuple[LayerSpec, ...]]:
-    """The layer alone, and what each scheme makes of it."""
-    factors = [SCHEMES[name].factor_specs(case.spec, 1) for name in schemes_of(case)]
+    """The layer alone, and what each scheme makes of it; with one kernel a channel and two."""
+    factors = [
+        SCHEMES[name].factor_specs(case.spec, rank) for name in schemes_of(case) for rank in (1, 2)
+    ]
     return [(case.spec,), *factors]
 
 

@@ -39,7 +39,7 @@ from rankprune import (
     profile,
 )
 from rankprune.errors import ConfigError
-from rankprune.schemes import applicable, get_scheme
+from rankprune.schemes import CHOICES, applicable, check_scheme, get_scheme
 
 # torch says that an even kernel with padding="same" copies its input; the layer is meant so
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
@@ -228,6 +228,17 @@ def _decoupled_oracle(spec: LayerSpec, w: Array) -> Array:
     return out
 
 
+def _depthwise_oracle(spec: LayerSpec, w: Array) -> Array:
+    g = spec.groups
+    outer, inner = w.shape[0] // g, w.shape[1]
+    positions = list(np.ndindex(*spec.kernel_size))
+    out = np.empty((g * inner, outer, len(positions)))
+    for group, o, i in np.ndindex(g, outer, inner):
+        for p, position in enumerate(positions):
+            out[group * inner + i, o, p] = w[(group * outer + o, i, *position)]
+    return out
+
+
 def _linear_oracle(spec: LayerSpec, w: Array) -> Array:
     out = np.empty((1, spec.out_channels, spec.in_channels))
     for o, i in np.ndindex(spec.out_channels, spec.in_channels):
@@ -239,6 +250,7 @@ ORACLES = {
     "channel": _channel_oracle,
     "spatial": _spatial_oracle,
     "decoupled": _decoupled_oracle,
+    "depthwise": _depthwise_oracle,
     "linear": _linear_oracle,
 }
 SMALL_LAYERS: list[nn.Module] = [
@@ -265,18 +277,18 @@ def test_matrix_is_that_of_the_definition(layer: nn.Module) -> None:
             expected = ORACLES[name](spec, weight.double().numpy())
             assert np.array_equal(scheme.to_matrix(spec, weight).double().numpy(), expected)
             compared += 1
-    assert compared == {0: 1, 1: 2, 2: 3, 3: 2}[spec.dims]
+    assert compared == {0: 1, 1: 3, 2: 4, 3: 3}[spec.dims]
 
 
 # -- what fits, and what is refused ----------------------------------------------------------------
 
 REFUSALS = [
     (nn.Conv2d(4, 4, 3, groups=4), "spatial"),  # depthwise
-    (nn.Conv2d(1, 8, 3), "channel spatial"),
+    (nn.Conv2d(1, 8, 3), "channel spatial depthwise"),
     (nn.Conv2d(8, 1, 3), "spatial decoupled"),
     (nn.Conv2d(8, 8, 1), "channel spatial"),
-    (nn.Conv1d(8, 8, 3), "channel decoupled"),
-    (nn.Conv3d(8, 8, 3), "channel decoupled"),
+    (nn.Conv1d(8, 8, 3), "channel decoupled depthwise"),
+    (nn.Conv3d(8, 8, 3), "channel decoupled depthwise"),
     (nn.Conv2d(1, 1, 1), ""),
     (nn.Linear(8, 8), "linear"),
     (nn.Linear(1, 8), ""),
@@ -323,3 +335,32 @@ def test_schemes_are_listed_under_their_names() -> None:
 
 def test_max_rank_is_the_smaller_side() -> None:
     assert MatrixShape(3, 4, 5).max_rank == MatrixShape(1, 5, 4).max_rank == 4
+
+
+CHOSEN = [
+    (nn.Conv2d(8, 8, 3), "decoupled depthwise"),
+    (nn.ConvTranspose2d(8, 8, 3), "decoupled depthwise"),
+    (nn.Conv2d(8, 8, 3, groups=2), "decoupled depthwise"),
+    (nn.Conv2d(8, 1, 3), "decoupled"),
+    (nn.Conv2d(8, 8, 1), "channel spatial"),
+    (nn.Conv2d(8, 8, 3, groups=8), "spatial"),
+    (nn.Linear(8, 8), "linear"),
+]
+
+
+@pytest.mark.parametrize(("layer", "fitting"), CHOSEN, ids=str)
+def test_separable_leaves_no_layer_without_a_scheme(layer: nn.Module, fitting: str) -> None:
+    spec = LayerSpec.of(layer)
+    assert spec is not None
+    schemes, reason = applicable(spec, "separable")
+    assert " ".join(scheme.name for scheme in schemes) == fitting
+    assert not reason
+
+
+def test_choices_have_names_of_their_own() -> None:
+    assert not set(CHOICES) & set(SCHEMES)
+    assert {name for names in CHOICES.values() for name in names} == set(SCHEMES)
+    for name in (*SCHEMES, *CHOICES):
+        check_scheme(name)
+    with pytest.raises(ConfigError, match="did you mean 'separable'"):
+        check_scheme("seperable")

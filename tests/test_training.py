@@ -162,7 +162,7 @@ def _nuclear_gradients(model: nn.Module, controller: Controller) -> dict[str, Te
     }
 
 
-@pytest.mark.parametrize("scheme", ["auto", "channel", "spatial", "decoupled"])
+@pytest.mark.parametrize("scheme", ["auto", "channel", "spatial", "decoupled", "depthwise"])
 def test_regularise_adds_autograds_gradient_of_the_nuclear_norm(scheme: str) -> None:
     """In float64 at full rank, to 1e-8, on top of the gradient that is there."""
     model = small_cnn().double()

@@ -10,7 +10,7 @@ from rankprune.errors import LayerError, NumericsError
 from rankprune.layers import LayerSpec
 from rankprune.linalg import Decomposition
 from rankprune.moments import RIDGE, Moment, input_patches
-from rankprune.schemes import SCHEMES, applicable
+from rankprune.schemes import SCHEMES, Inputs, applicable
 from rankprune.whitening import Whitened
 
 torch.manual_seed(0)
@@ -124,7 +124,7 @@ def test_better_than_plain_svd_and_exact_at_full_rank(name: str, scheme: str) ->
         plain = Decomposition(matrix).project(rank)
         theirs = output_energy(layer, weight - chosen.from_matrix(spec, plain), x)
         gains.append(theirs / ours)
-        if whitened.by_columns:
+        if whitened.inputs is Inputs.COLUMNS:
             assert ours <= theirs * 1.0001
     assert not gains or sum(gains) / len(gains) > (1.0 if name == "depthwise" else 1.05)
     left, right = whitened.factors(largest)

@@ -608,7 +608,7 @@ def test_every_scheme_for_convolutions(network: Network, trials: Trials) -> None
     for site in survey(model):
         if site.spec is None or max(site.spec.kernel_size, default=1) == 1:
             dense[site.name] = None
-    for scheme in ("channel", "spatial", "decoupled"):
+    for scheme in ("channel", "spatial", "decoupled", "depthwise"):
         plan = make_plan(model, Ratio(1.0), guard=False, scheme=scheme, overrides=dense)
         compact = factorize(model, plan)
         with torch.no_grad():

@@ -89,3 +89,14 @@ def near(name: str, known: Iterable[str], limit: int = 3) -> str:
         return "did you mean " + " or ".join(repr(match) for match in matches) + "?"
     shown = ", ".join(repr(known_name) for known_name in names[:8])
     return f"known: {shown}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong first: torch wraps it in pages of advice."""
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {first_line(cause)}"
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message."""
+    return (str(error).strip().splitlines() or [""])[0]

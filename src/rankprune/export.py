@@ -16,8 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rankprune.errors import ConfigError, ExportError, MissingExtraError, RankPruneError
+from rankprune.errors import (
+    ConfigError,
+    ExportError,
+    MissingExtraError,
+    RankPruneError,
+    first_line,
+    reason,
+)
 from rankprune.files import commit, reporting
+from rankprune.fold import fold
+from rankprune.multiplier import has_multipliers, without_multipliers
 from rankprune.profile import ExampleInputs, arguments, call, evaluating
 
 # Not the newest, so that runtimes of some age read it; it has every operator needed here.
@@ -41,7 +50,9 @@ def export_onnx(
 
     The network is exported in eval mode by `torch.onnx.export`, which folds BatchNorm into the
     convolution before it. Factors are ordinary `Conv`, `MatMul` and `Gemm` nodes, so no runtime
-    needs custom code. Weights beyond protobuf's 2 GB lie beside the file, in `<name>.data`.
+    needs custom code; of separable layers, depthwise convolutions with one kernel a channel, on the
+    input several times over or summed up. Weights beyond protobuf's 2 GB lie beside the file, in
+    `<name>.data`.
 
     Args:
         model: dense or factorised, in fp32; its modes are put back afterwards.
@@ -107,6 +118,10 @@ def onnx_program(
     inputs = with_batch(example_inputs, 2) if dynamic_batch else example_inputs
     args, kwargs = arguments(inputs)
     shapes = _dynamic(example_inputs) if dynamic_batch else None
+    if has_multipliers(model):
+        # before, for the exporter sees no BatchNorm through a sum of parts
+        model = fold(model, example_inputs=inputs)
+        without_multipliers(model)
     with evaluating(model), _quiet():
         try:
             program = torch.onnx.export(
@@ -149,7 +164,7 @@ def onnx_difference(
     except Exception as error:
         raise ExportError(
             f"ONNX Runtime cannot run what torch exported on a batch of {batch_of(inputs)}: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     if len(expected) != len(received):
         raise ExportError(f"{len(received)} outputs in ONNX, {len(expected)} in torch")
@@ -241,16 +256,6 @@ def tensors(values: Any) -> list[Tensor]:
     if isinstance(values, Mapping):
         values = dict(values)
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def reason(error: BaseException) -> str:
-    """What went wrong first: torch wraps it in pages of advice."""
-    cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {_first_line(cause)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _require(*packages: str) -> None:

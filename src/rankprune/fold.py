@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from rankprune.errors import ExportError
-from rankprune.export import reason
+from rankprune.errors import ExportError, reason
 from rankprune.factorize import LowRank, low_rank_layers, swap
 from rankprune.layers import LayerSpec
 from rankprune.profile import ExampleInputs, arguments
@@ -131,7 +130,7 @@ def _merged(first: nn.Module, second: nn.Module) -> nn.Module | None:
     shift = None if bias is None else mixing @ bias
     if isinstance(second.bias, Tensor):
         shift = second.bias if shift is None else shift + second.bias
-    return _layer(one, product, shift)
+    return one.build_from(product, shift)
 
 
 def _only_norm(module: nn.Module) -> bool:
@@ -163,7 +162,7 @@ def _with_norm(
         )
     else:
         return None
-    return _layer(replace(spec, bias=True), *fused)
+    return replace(spec, bias=True).build_from(*fused)
 
 
 def _without_dead_ranks(low_rank: LowRank) -> list[nn.Module]:
@@ -182,12 +181,4 @@ def _without_dead_ranks(low_rank: LowRank) -> list[nn.Module]:
     weights = scheme.factor_weights(spec, left[..., kept], right[:, kept])
     specs = scheme.factor_specs(spec, len(kept))
     bias = second.bias if isinstance(second.bias, Tensor) else None
-    return [_layer(specs[0], weights[0], None), _layer(specs[1], weights[1], bias)]
-
-
-def _layer(spec: LayerSpec, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    layer = spec.build(device=weight.device, dtype=weight.dtype)
-    layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone())
-    return layer.eval()
+    return [specs[0].build_from(weights[0], None), specs[1].build_from(weights[1], bias)]

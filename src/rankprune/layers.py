@@ -224,6 +224,14 @@ class LayerSpec:
             module, self.in_channels, self.out_channels, self.kernel_size, **options
         )
 
+    def build_from(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """The same with copies of these parameters, in eval mode."""
+        layer = self.build(device=weight.device, dtype=weight.dtype)
+        layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone())
+        return layer.eval()
+
     def validate(self, name: str) -> None:
         """Raise `LayerError` where the numbers do not describe a possible layer.
 

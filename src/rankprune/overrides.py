@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rankprune.budget import Budget
 from rankprune.errors import ConfigError, near
 from rankprune.ranks import FixedRank, RankRule
-from rankprune.schemes import get_scheme
+from rankprune.schemes import check_scheme
 from rankprune.survey import Site
 
 
@@ -19,7 +19,7 @@ class LayerConfig:
 
     Attributes:
         rank: an exact rank or a rule; None takes the plan's own rule or budget.
-        scheme: a scheme's name or "auto"; None takes the plan's own.
+        scheme: as in `make_plan`; None takes the plan's own.
     """
 
     rank: int | RankRule | None = None
@@ -84,8 +84,8 @@ def _overridden(override: Override, pattern: str, rank: RankRule | Budget, schem
     if isinstance(override, RankRule):
         return Settings(override, scheme)
     if isinstance(override, LayerConfig):
-        if override.scheme not in (None, "auto"):
-            get_scheme(str(override.scheme))
+        if override.scheme is not None:
+            check_scheme(override.scheme)
         own = ExactRank(override.rank) if isinstance(override.rank, int) else override.rank
         return Settings(own or rank, override.scheme or scheme)
     raise ConfigError(

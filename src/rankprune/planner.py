@@ -24,7 +24,7 @@ from rankprune.plan import LayerPlan, Plan
 from rankprune.profile import ExampleInputs, count_params, profile
 from rankprune.ranks import RankRule, Spectrum
 from rankprune.runtimes import Runtime
-from rankprune.schemes import SCHEMES, Scheme, applicable, get_scheme
+from rankprune.schemes import SCHEMES, Scheme, applicable, check_scheme
 from rankprune.survey import Site, survey
 
 # Ranks that a budget considers for one layer and scheme; more only slow the solver down.
@@ -51,8 +51,10 @@ def make_plan(
         model: the dense model; it is not changed.
         rank: a rank rule (`Energy`, `Ratio`, …), applied layer by layer, or a `Budget` for the
             whole model.
-        scheme: "auto" considers every scheme that fits a layer; a scheme's name only that one for
-            convolutions (linear layers always use `linear`).
+        scheme: "auto" considers every scheme that fits a layer; "separable" those that make a
+            depthwise and a 1×1 convolution of it, which learn most where the network is trained
+            afterwards (others where neither fits); a scheme's name only that one for convolutions
+            (linear layers always use `linear`).
         overrides: shell-style name patterns ("layer1.*") to a rule, a `LayerConfig`, or None to
             leave dense. Where several match, the last wins.
         example_inputs: what the model is called with. Needed for FLOPs; without it the guard looks
@@ -85,8 +87,7 @@ def make_plan(
         >>> [layer.scheme for layer in plan.layers]
         ['linear', None]
     """
-    if scheme != "auto":
-        get_scheme(scheme)
+    check_scheme(scheme)
     if not isinstance(rank, (RankRule, Budget)):
         raise ConfigError(f"rank must be a rank rule or a Budget, got {rank!r}")
     table = as_table(runtime)

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from rankprune.errors import ConfigError, ExportError, MissingExtraError, near
 from rankprune.export import OPSET, feed, onnx_program, onnx_session, tensors
 from rankprune.layers import LayerSpec
+from rankprune.multiplier import Repeat, SumOfParts, unrolled
 from rankprune.profile import ExampleInputs, arguments
 from rankprune.signal_stack import kept_signal_stack
 
@@ -315,19 +316,30 @@ def _chain_onnx(specs: Sequence[LayerSpec], shape: tuple[int, ...]) -> bytes | N
     """
     from onnx import TensorProto, helper, numpy_helper
 
+    layers = list(random_chain(specs))
     nodes, weights, last = [], [], "x"
-    for index, (spec, layer) in enumerate(zip(specs, random_chain(specs), strict=True)):
+    for index, layer in enumerate(unrolled(layers) or layers):
+        before, last = last, f"y{index}"
+        if isinstance(layer, Repeat):
+            nodes.append(helper.make_node("Concat", [before] * layer.times, [last], axis=1))
+            continue
+        if isinstance(layer, SumOfParts):
+            parts = [f"part{n}" for n in range(layer.parts)]
+            nodes.append(helper.make_node("Split", [before], parts, axis=1, num_outputs=len(parts)))
+            nodes.append(helper.make_node("Sum", parts, [last]))
+            continue
+        spec = LayerSpec.of(layer)
+        assert spec is not None
         if spec.padding_mode != "zeros" or isinstance(spec.padding, str):
             return None
         if spec.dims and len(shape) != spec.dims + 2:  # without a batch
             return None
-        inputs = [last, f"w{index}"]
+        inputs = [before, f"w{index}"]
         assert isinstance(layer.weight, Tensor)
         weight = layer.weight.detach()
         if not spec.dims:
             weight = weight.T.contiguous()
         weights.append(numpy_helper.from_array(weight.numpy(), f"w{index}"))
-        last = f"y{index}"
         if isinstance(layer.bias, Tensor):
             inputs.append(f"b{index}")
             weights.append(numpy_helper.from_array(layer.bias.detach().numpy(), f"b{index}"))

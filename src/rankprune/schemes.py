@@ -10,14 +10,16 @@ shape, [B, rows, cols], which share one rank: B = g groups (or one matrix for ev
     channel     g × [N/g, C/g·k]            conv(C→g·r, k)         conv(g·r→N, 1)
     spatial     g × [C/g·kh, N/g·kw]        conv(C→g·r, kh×1)      conv(g·r→N, 1×kw)
     decoupled   N × [C/g, k]                conv(C→N·r, 1)         conv(N·r→N, k, groups=N)
+    depthwise   C × [N/g, k]                conv(C→C·r, k, groups=C)  conv(C·r→N, 1)
     linear      1 × [out, in]               Linear(in→r)           Linear(r→out)
 
 A transposed convolution is the adjoint of a convolution, so its factors are the adjoints in
-reverse order: `channel` is 1×1 then transposed k, `decoupled` is a grouped transposed k then 1×1.
+reverse order: `channel` is 1×1 then transposed k, `decoupled` is a grouped transposed k then 1×1,
+`depthwise` is 1×1 then a grouped transposed k.
 
 Sources: channel — Zhang et al. 2015, arXiv 1505.06798; spatial — Jaderberg et al. 2014, arXiv
-1405.3866; decoupled — Guo et al. 2018, arXiv 1808.05517; all three as used by Xu et al. 2019,
-arXiv 1910.04576.
+1405.3866; decoupled and depthwise — Guo et al. 2018, arXiv 1808.05517, whose PW+DW and DW+PW they
+are; Xu et al. 2019, arXiv 1910.04576, use the first three.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 
 from torch import Tensor
 
@@ -46,12 +49,19 @@ class MatrixShape:
         return min(self.rows, self.cols)
 
 
+class Inputs(Enum):
+    """Where a layer's inputs, patches of them, meet a scheme's matrices."""
+
+    COLUMNS = auto()  # whole patches
+    ROWS = auto()  # parts of patches: channels, or channels and rows of the kernel
+    KERNEL_COLUMNS = auto()  # every channel's part of a patch meets a matrix of its own
+
+
 class Scheme(ABC):
     """Weight ↔ matrices ↔ two layers. Stateless; use the instances in `SCHEMES`."""
 
     name: str
-    # whether the inputs, whole patches, meet the columns; else parts of patches meet the rows
-    patch_in_columns: bool
+    inputs: Inputs
 
     @abstractmethod
     def refuses(self, spec: LayerSpec) -> str | None:
@@ -125,7 +135,7 @@ class Channel(Scheme):
     """Output channels against the rest (transposed layers: input channels against the rest)."""
 
     name = "channel"
-    patch_in_columns = True
+    inputs = Inputs.COLUMNS
 
     def refuses(self, spec: LayerSpec) -> str | None:
         if spec.kind not in ("conv", "conv_transpose"):
@@ -182,7 +192,7 @@ class Spatial(Scheme):
     """Vertical against horizontal: a kh×1 convolution, then a 1×kw one. Two-dimensional only."""
 
     name = "spatial"
-    patch_in_columns = False
+    inputs = Inputs.ROWS
 
     def refuses(self, spec: LayerSpec) -> str | None:
         if spec.kind not in ("conv", "conv_transpose") or spec.dims != 2:
@@ -267,73 +277,94 @@ class Spatial(Scheme):
         return vertical.reshape(g, c * kh, -1), horizontal.reshape(g, -1, n * kw)
 
 
-class Decoupled(Scheme):
-    """Network decoupling: every filter's channels against its kernel positions.
+class Separable(Scheme):
+    """Network decoupling: a 1×1 and a depthwise convolution, for matrices of kernel positions.
 
-    A convolution's filters are its N outputs; a transposed convolution's are its C inputs.
+    Every output has a matrix, of its inputs' kernels, or every input one, of its outputs'. What has
+    the matrices has the depthwise kernels, so either these come last or they come first.
+
+    Args:
+        name: of the scheme.
+        by_first_axis: the weight's first axis has the matrices, else its second. The first is
+            that of a convolution's outputs and of a transposed convolution's inputs.
     """
 
-    name = "decoupled"
-    patch_in_columns = False
+    inputs = Inputs.ROWS
+
+    def __init__(self, name: str, *, by_first_axis: bool) -> None:
+        self.name = name
+        self.by_first_axis = by_first_axis
+        if not by_first_axis:
+            self.inputs = Inputs.KERNEL_COLUMNS
 
     def refuses(self, spec: LayerSpec) -> str | None:
         if spec.kind not in ("conv", "conv_transpose"):
-            return "decoupled is for convolutions"
+            return f"{self.name} is for convolutions"
         if self.matrix_shape(spec).max_rank == 1:
-            return "decoupled's matrices have rank 1 already (1×1 kernel or depthwise)"
+            return f"{self.name}'s matrices have rank 1 already (1×1 kernel or depthwise)"
         return None
 
+    def _kernels_first(self, spec: LayerSpec) -> bool:
+        return self.by_first_axis == (spec.kind == "conv_transpose")
+
     def matrix_shape(self, spec: LayerSpec) -> MatrixShape:
-        filters, channels, *kernel = spec.weight_shape
-        return MatrixShape(filters, channels, math.prod(kernel))
+        first, second, *kernel = spec.weight_shape
+        if not self.by_first_axis:
+            first, second = second * spec.groups, first // spec.groups
+        return MatrixShape(first, second, math.prod(kernel))
 
     def to_matrix(self, spec: LayerSpec, weight: Tensor) -> Tensor:
-        return weight.flatten(2)
+        return (weight if self.by_first_axis else _swapped(weight, spec.groups)).flatten(2)
 
     def from_matrix(self, spec: LayerSpec, matrix: Tensor) -> Tensor:
-        return matrix.reshape(spec.weight_shape)
+        swapped = matrix if self.by_first_axis else _swapped(matrix, spec.groups)
+        return swapped.reshape(spec.weight_shape)
 
     def factor_specs(self, spec: LayerSpec, rank: int) -> tuple[LayerSpec, LayerSpec]:
-        if spec.kind == "conv":
-            inner = spec.out_channels * rank
+        if self._kernels_first(spec):
+            inner = spec.in_channels * rank
             return (
-                _pointwise(spec, spec.in_channels, inner, bias=False),
-                replace(spec, in_channels=inner, groups=spec.out_channels),
+                replace(spec, out_channels=inner, bias=False, groups=spec.in_channels),
+                _pointwise(spec, inner, spec.out_channels, spec.bias),
             )
-        inner = spec.in_channels * rank
+        inner = spec.out_channels * rank
         return (
-            replace(spec, out_channels=inner, bias=False, groups=spec.in_channels),
-            _pointwise(spec, inner, spec.out_channels, spec.bias),
+            _pointwise(spec, spec.in_channels, inner, bias=False),
+            replace(spec, in_channels=inner, groups=spec.out_channels),
         )
 
     def factor_weights(self, spec: LayerSpec, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        filters, channels, rank = left.shape
-        depthwise = right.reshape(filters, rank, *spec.kernel_size)
-        if spec.kind == "conv":  # [N, C/g, r] → [N·r, C/g, 1…]
-            return left.transpose(1, 2).reshape(filters * rank, channels, *_ones(spec)), depthwise
-        # [C, N/g, r] → [g, N/g, (C/g)·r] → [N, (C/g)·r, 1…]
-        g = spec.groups
-        mixed = left.reshape(g, filters // g, channels, rank).permute(0, 2, 1, 3)
-        return depthwise, mixed.reshape(spec.out_channels, -1, *_ones(spec))
+        batch, others, rank = left.shape
+        first, second = self.factor_specs(spec, rank)
+        mixing = left.transpose(1, 2).reshape(batch * rank, others)
+        if not self._kernels_first(spec):
+            return mixing.reshape(first.weight_shape), right.reshape(second.weight_shape)
+        mixing = _swapped(mixing, spec.groups)
+        return right.reshape(first.weight_shape), mixing.reshape(second.weight_shape)
 
     def factor_matrices(
         self, spec: LayerSpec, first: Tensor, second: Tensor
     ) -> tuple[Tensor, Tensor]:
         shape = self.matrix_shape(spec)
-        if spec.kind == "conv":
-            left = first.reshape(shape.batch, -1, shape.rows).transpose(1, 2)
-            return left, second.reshape(shape.batch, -1, shape.cols)
-        g = spec.groups
-        mixed = second.reshape(g, shape.rows, shape.batch // g, -1).permute(0, 2, 1, 3)
-        left = mixed.reshape(shape.batch, shape.rows, -1)
-        return left, first.reshape(shape.batch, -1, shape.cols)
+        if self._kernels_first(spec):
+            kernels, mixing = first, _swapped(second.flatten(1), spec.groups)
+        else:
+            kernels, mixing = second, first
+        left = mixing.reshape(shape.batch, -1, shape.rows).transpose(1, 2)
+        return left, kernels.reshape(shape.batch, -1, shape.cols)
+
+
+def _swapped(weight: Tensor, groups: int) -> Tensor:
+    """A grouped weight's first two axes in turn: [A, B/g, …] → [B, A/g, …]."""
+    grouped = weight.unflatten(0, (groups, -1))
+    return grouped.transpose(1, 2).flatten(0, 1)
 
 
 class LinearScheme(Scheme):
     """A linear layer as two linear layers, also for Hugging Face's `Conv1D`."""
 
     name = "linear"
-    patch_in_columns = True
+    inputs = Inputs.COLUMNS
 
     def refuses(self, spec: LayerSpec) -> str | None:
         if spec.kind not in ("linear", "hf_conv1d"):
@@ -368,8 +399,23 @@ class LinearScheme(Scheme):
         return second.unsqueeze(0), first.unsqueeze(0)
 
 
+#: All schemes by name.
 SCHEMES: dict[str, Scheme] = {
-    scheme.name: scheme for scheme in (Channel(), Spatial(), Decoupled(), LinearScheme())
+    scheme.name: scheme
+    for scheme in (
+        Channel(),
+        Spatial(),
+        Separable("decoupled", by_first_axis=True),
+        Separable("depthwise", by_first_axis=False),
+        LinearScheme(),
+    )
+}
+
+
+#: Names for a choice, layer by layer, of the scheme that keeps most for what it costs.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "auto": tuple(SCHEMES),
+    "separable": ("decoupled", "depthwise"),
 }
 
 
@@ -385,7 +431,17 @@ def get_scheme(name: str) -> Scheme:
     try:
         return SCHEMES[name]
     except KeyError:
-        raise ConfigError(f"unknown scheme {name!r}; {near(name, SCHEMES)}") from None
+        raise ConfigError(f"unknown scheme {name!r}; {near(name, [*SCHEMES, *CHOICES])}") from None
+
+
+def check_scheme(wanted: str) -> None:
+    """Let the name of a scheme or of a choice of them pass.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if wanted not in CHOICES:
+        get_scheme(wanted)
 
 
 def applicable(spec: LayerSpec, wanted: str) -> tuple[list[Scheme], str]:
@@ -393,18 +449,19 @@ def applicable(spec: LayerSpec, wanted: str) -> tuple[list[Scheme], str]:
 
     Args:
         spec: the layer.
-        wanted: "auto" for every scheme that fits, or one scheme's name. A name that stands for
-            convolutions leaves linear layers to `linear`, their only scheme.
+        wanted: a scheme's name or one of `CHOICES`. What stands for convolutions leaves linear
+            layers to `linear`, their only scheme; "separable" leaves those that it cannot split
+            (1×1, depthwise) to any that fits.
 
     Returns:
         The schemes, and a reason that is empty where there is at least one.
     """
-    if wanted == "auto":
-        candidates = list(SCHEMES.values())
-    else:
-        candidates = [get_scheme(wanted)]
-        if not spec.dims:
-            candidates = [SCHEMES["linear"]]
+    names = CHOICES.get(wanted) or (get_scheme(wanted).name,)
+    if not spec.dims:
+        names = ("linear",)
+    elif wanted == "separable" and all(SCHEMES[name].refuses(spec) for name in names):
+        names = CHOICES["auto"]
+    candidates = [SCHEMES[name] for name in names]
     refusals = {scheme.name: scheme.refuses(spec) for scheme in candidates}
     fitting = [scheme for scheme in candidates if refusals[scheme.name] is None]
     if fitting:

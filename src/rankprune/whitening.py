@@ -6,7 +6,8 @@ error of W in the metric of G. Where the inputs meet the matrix M along its colu
 `channel`), the optimum is U_r U_rᵀ M with U_r the leading left singular vectors of M L
 (Eckart–Young), which no singular G can spoil: L is multiplied, never inverted. Where they meet its
 rows (`spatial`, `decoupled`), the same on the other side is the optimum for inputs that do not
-correlate between the remaining kernel positions. The error of what comes out is exact in all cases.
+correlate between the remaining kernel positions; where every channel meets a matrix of its own
+(`depthwise`), for channels that do not correlate. The error of what comes out is exact always.
 
 Sources: closed form — Zhang et al. 2015, arXiv 1505.06798, section 3.1; Wang et al. 2024, SVD-LLM,
 arXiv 2403.07378, theorem 3.3, which inverts L instead.
@@ -24,7 +25,7 @@ from rankprune.layers import LayerSpec
 from rankprune.linalg import Decomposition, check_finite
 from rankprune.moments import Metric, Moment
 from rankprune.ranks import Spectrum
-from rankprune.schemes import Scheme
+from rankprune.schemes import Inputs, Scheme
 
 
 class Whitened:
@@ -65,17 +66,24 @@ class Whitened:
         self.groups = spec.groups
         self.metric = moment.metric(shrinkage)
         self.moment = moment
-        self.by_columns = scheme.patch_in_columns
+        self.inputs = scheme.inputs
         matrix = scheme.to_matrix(spec, weight.detach()).double()
-        self.oriented = matrix if self.by_columns else matrix.mT  # [batch, outputs, inputs]
+        # [batch, outputs, inputs]
+        self.oriented = matrix.mT if self.inputs is Inputs.ROWS else matrix
 
     @cached_property
     def _decomposition(self) -> Decomposition:
-        metric = self.metric
-        if not self.by_columns:
+        metric, matrices = self.metric, self._grouped(self.oriented)
+        if self.inputs is Inputs.ROWS:
             # all of the remaining kernel positions as further samples of the rows
-            metric = Metric.of_gram(self._spread().diagonal(dim1=2, dim2=4).sum(-1))
-        weighed = metric.weigh(self._grouped(self.oriented)).flatten(0, 1)
+            spread = self._spread(self.shape.rows)
+            metric = Metric.of_gram(spread.diagonal(dim1=2, dim2=4).sum(-1))
+        elif self.inputs is Inputs.KERNEL_COLUMNS:
+            # every channel for itself
+            spread = self._spread(self.shape.batch // self.groups)
+            blocks = spread.diagonal(dim1=1, dim2=3).movedim(-1, 1).flatten(0, 1)
+            metric, matrices = Metric.of_gram(blocks), self.oriented.unsqueeze(1)
+        weighed = metric.weigh(matrices).flatten(0, 1)
         # in a unit in which fp32 has all its digits
         self._unit = float(weighed.abs().max()) or 1.0
         return Decomposition((weighed / self._unit).float())
@@ -85,11 +93,10 @@ class Whitened:
         """Singular values in the metric: [batch, max_rank]."""
         return self._decomposition.values * self._unit
 
-    def _spread(self) -> Tensor:
-        """G by rows and remaining kernel positions: [g, rows, P, rows, P]."""
-        rows = self.shape.rows
-        others = self.moment.features // rows
-        return self.metric.matrix().reshape(self.groups, rows, others, rows, others)
+    def _spread(self, parts: int) -> Tensor:
+        """G by parts of a patch and the kernel positions in each: [g, parts, P, parts, P]."""
+        positions = self.moment.features // parts
+        return self.metric.matrix().reshape(self.groups, parts, positions, parts, positions)
 
     def _grouped(self, matrices: Tensor) -> Tensor:
         """[batch, …] to [g, batch / g, …]: filters of a group meet the same inputs."""
@@ -119,18 +126,22 @@ class Whitened:
     @cached_property
     def _lost(self) -> Tensor:
         """E‖(W − W_r) x‖² at rank 0, 1, …, max_rank."""
-        if self.by_columns:
+        if self.inputs is Inputs.COLUMNS:
             energies = self._values.square().sum(0)
             return energies.sum() - torch.cat([energies.new_zeros(1), energies.cumsum(0)])
-        return self._exact_errors()
+        rows = self.inputs is Inputs.ROWS
+        products = self._products_by_rows() if rows else self._products_by_channels()
+        # Σ_{k,l > r} ⟨term k, term l⟩
+        suffix = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+        return torch.cat([suffix, suffix.new_zeros(1)])
 
-    def _exact_errors(self) -> Tensor:
-        """Σ_{k,l > r} ⟨term k, term l⟩ of the rank-1 terms, in the metric of whole patches.
+    def _products_by_rows(self) -> Tensor:
+        """⟨term k, term l⟩ of the rank-1 terms a bᵀ, in the metric of whole patches: [R, R].
 
-        ⟨k, l⟩ = Σ_{p,q} (a_kᵀ G_pq a_l) · Σ_n b_k[n,p] b_l[n,q] for positions p and q.
+        Σ_{p,q} (a_kᵀ G_pq a_l) · Σ_n b_k[n,p] b_l[n,q] for kernel positions p and q.
         """
         left, right = self._factors(self.shape.max_rank)
-        spread = self._spread().to(left.device)
+        spread = self._spread(self.shape.rows).to(left.device)
         others = spread.shape[2]
         a = self._grouped(left)  # [g, b, rows, R]
         b = self._grouped(right).unflatten(-1, (-1, others))  # [g, b, R, n, P]
@@ -142,13 +153,24 @@ class Whitened:
                 products += terms.sum((0, 1))
                 if q < p:  # the pair (q, p) is its transpose
                     products += terms.mT.sum((0, 1))
-        suffix = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
-        return torch.cat([suffix, suffix.new_zeros(1)])
+        return products
+
+    def _products_by_channels(self) -> Tensor:
+        """The same, Σ_{c,d} (a_kᵀ a_l) · (b_kᵀ G_cd b_l) for channels c (of k) and d (of l)."""
+        left, right = self._factors(self.shape.max_rank)
+        channels, _, rank = left.shape
+        own = channels // self.groups
+        a = left.mT.reshape(self.groups, own * rank, -1)
+        outputs = (a @ a.mT).unflatten(1, (own, rank)).unflatten(3, (own, rank))
+        b = self._grouped(right)  # [g, c, R, P]
+        spread = self._spread(own).to(left.device)
+        inputs = torch.einsum("gckp,gcpdq,gdlq->gckdl", b, spread, b)
+        return (outputs * inputs).sum((0, 1, 3))
 
     def _factors(self, rank: int) -> tuple[Tensor, Tensor]:
         basis = self._decomposition.truncate(rank).u.double()
         rest = basis.mT @ self.oriented
-        return (basis, rest) if self.by_columns else (rest.mT, basis.mT)
+        return (rest.mT, basis.mT) if self.inputs is Inputs.ROWS else (basis, rest)
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """Left [batch, rows, r] and right [batch, r, cols] of W_r, every term's norm on both alike.

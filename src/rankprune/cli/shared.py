@@ -70,7 +70,11 @@ Backend = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of an operator when measuring.")]
 Batch = Annotated[int, typer.Option(min=1, help="Examples in a call when measuring.")]
 Scheme = Annotated[
-    str | None, typer.Option(help="channel, spatial, decoupled, linear, or auto (the default).")
+    str | None,
+    typer.Option(
+        help="channel, spatial, decoupled, depthwise or linear for all layers; separable "
+        "(decoupled or depthwise) or auto: the best for each."
+    ),
 ]
 Multiple = Annotated[
     int | None,

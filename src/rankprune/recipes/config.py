@@ -15,7 +15,7 @@ from rankprune.errors import ConfigError, FileError, near
 from rankprune.files import read_bytes
 from rankprune.ranks import EVBMF, Energy, FixedRank, RankRule, Ratio, StableRank, Threshold
 from rankprune.runtimes import Runtime
-from rankprune.schemes import SCHEMES
+from rankprune.schemes import check_scheme
 
 _MAX_CONFIG_BYTES = 2**20
 # Weights of a dense network's answers and blocks, where there is one to learn from.
@@ -284,8 +284,7 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
         config = TrainConfig(**values)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(item) for item in error.errors())) from None
-    if config.scheme != "auto" and config.scheme not in SCHEMES:
-        raise ConfigError(f"unknown scheme {config.scheme!r}; {near(config.scheme, SCHEMES)}")
+    check_scheme(config.scheme)
     config.runtime()
     config.soft()
     if config.method == "trp":

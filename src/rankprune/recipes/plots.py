@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Blue, orange, green, pink: told apart by readers who do not see all colours.
-_COLOURS = {"channel": "#0072b2", "spatial": "#d55e00", "decoupled": "#009e73", "linear": "#cc79a7"}
+_COLOURS = {
+    "channel": "#0072b2",
+    "spatial": "#d55e00",
+    "decoupled": "#009e73",
+    "depthwise": "#e69f00",
+    "linear": "#cc79a7",
+}
 _COLUMNS = 5
 
 
