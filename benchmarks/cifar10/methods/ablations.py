@@ -11,20 +11,20 @@ import rankprune as rp
 from methods.ours import ours
 
 
-def by_energy(case: Case) -> rp.Plan:
+def by_energy(case: Case, scheme: str) -> rp.Plan:
     """Ranks by the dense network's spectra, kept through the run."""
-    return case.plan("auto")
+    return case.plan(scheme)
 
 
-def by_output(case: Case) -> rp.Plan:
+def by_output(case: Case, scheme: str) -> rp.Plan:
     """... by the errors of the layers' outputs."""
-    return case.plan("auto", rp.calibrate(case.trained.eval(), case.images))
+    return case.plan(scheme, rp.calibrate(case.trained.eval(), case.images))
 
 
-def by_sensitivity(case: Case) -> rp.Plan:
+def by_sensitivity(case: Case, scheme: str) -> rp.Plan:
     """... by what those errors do to the answers."""
     stats = rp.calibrate(case.trained.eval(), case.images, sensitivity=True)
-    return case.plan("auto", stats)
+    return case.plan(scheme, stats)
 
 
 def transfer_energy(controller: rp.Controller) -> None:
@@ -48,7 +48,7 @@ def transfer_energy(controller: rp.Controller) -> None:
     controller.project = project  # type: ignore[method-assign]
 
 
-METHODS: dict[str, Method] = {
+PIECES: dict[str, Method] = {
     "ours-without-tail": partial(ours, tail=0.0),
     "ours-tail-0.25": partial(ours, tail=0.25),
     "ours-tail-0.75": partial(ours, tail=0.75, descent=0.2),
@@ -69,7 +69,17 @@ METHODS: dict[str, Method] = {
     "ours-by-output": partial(ours, plan=by_output),
     "ours-by-sensitivity": partial(ours, plan=by_sensitivity),
     "ours-energy-transfer": partial(ours, after_attach=transfer_energy),
+}
+METHODS: dict[str, Method] = {
+    **PIECES,
+    "ours-auto": partial(ours, scheme="auto"),
     "ours-channel": partial(ours, scheme="channel"),
     "ours-spatial": partial(ours, scheme="spatial"),
     "ours-decoupled": partial(ours, scheme="decoupled"),
+    "ours-depthwise": partial(ours, scheme="depthwise"),
+    # with the best of all schemes for each layer
+    **{
+        name.replace("ours", "ours-auto"): partial(piece, scheme="auto")
+        for name, piece in PIECES.items()
+    },
 }

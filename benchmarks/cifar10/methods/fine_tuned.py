@@ -26,4 +26,9 @@ METHODS: dict[str, Method] = {
     "svd-fine-tuned-auto": partial(fine_tuned, scheme="auto"),
     "svd-distilled-auto": partial(fine_tuned, scheme="auto", soft=True),
     "svd-matched-auto": partial(fine_tuned, scheme="auto", soft=True, match=MATCH),
+    "svd-fine-tuned-separable": partial(fine_tuned, scheme="separable"),
+    "svd-distilled-separable": partial(fine_tuned, scheme="separable", soft=True),
+    "svd-matched-separable": partial(fine_tuned, scheme="separable", soft=True, match=MATCH),
+    "svd-matched-depthwise": partial(fine_tuned, scheme="depthwise", soft=True, match=MATCH),
+    "svd-matched-decoupled": partial(fine_tuned, scheme="decoupled", soft=True, match=MATCH),
 }

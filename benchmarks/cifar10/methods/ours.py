@@ -17,14 +17,14 @@ DEFAULT = TrainConfig.model_fields
 def ours(
     case: Case,
     *,
-    scheme: str = DEFAULT["scheme"].default,
+    scheme: str = "separable",
     descent: float = DEFAULT["descent"].default,
     tail: float = DEFAULT["tail"].default,
     every: int = DEFAULT["every"].default,
     nuclear: float = DEFAULT["nuclear"].default,
     nuclear_mode: str = DEFAULT["nuclear_mode"].default,
     match: float = MATCH,
-    plan: Callable[[Case], rp.Plan] | None = None,
+    plan: Callable[[Case, str], rp.Plan] | None = None,
     after_attach: Callable[[rp.Controller], None] | None = None,
     answers: float = SOFT,
     temperature: float = TEMPERATURE,
@@ -49,7 +49,7 @@ def ours(
         decay_products: weight decay of the factors' products at the end, not of the factors.
     """
     loss = case.taught(match, answers, temperature) if answers or match else labels_only
-    fixed = None if plan is None else plan(case)
+    fixed = None if plan is None else plan(case, scheme)
 
     def options(steps: int) -> rp.TRP:
         return rp.TRP(
