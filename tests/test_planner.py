@@ -49,7 +49,7 @@ from rankprune import (
 )
 from rankprune.overrides import ExactRank
 from rankprune.planner import _grid, _LayerOption, wanted_rank
-from rankprune.schemes import applicable
+from rankprune.schemes import CHOICES, applicable
 from rankprune.survey import survey
 
 INF, NAN = math.inf, math.nan
@@ -453,9 +453,10 @@ def test_a_budget_chooses_among_evenly_spread_ranks_that_pay(width: int, multipl
     assert site.spec is not None
     for scheme in applicable(site.spec, "auto")[0]:
         layer = _LayerOption(site, scheme)
+        step = 1 if scheme.name in CHOICES["separable"] else multiple_of
         paying = [
             rank
-            for rank in range(multiple_of, layer.max_rank + 1, multiple_of)
+            for rank in range(step, layer.max_rank + 1, step)
             if not layer.guarded(layer.at(rank, "", None)).dense
         ]
         stride = max(1, math.ceil(len(paying) / 64))
@@ -527,7 +528,7 @@ def test_multiple_of_is_a_whole_number(multiple_of: Any) -> None:
 def test_ranks_go_up_to_a_multiple_but_not_past_the_largest_and_exact_ones_stay() -> None:
     spectrum = Spectrum(torch.ones(1, 20), MatrixShape(batch=1, rows=20, cols=30))
     for rule, expected in ((FixedRank, [8, 8, 16, 20, 20]), (ExactRank, [1, 8, 9, 17, 20])):
-        found = [wanted_rank(rule(rank), spectrum, 8, 20) for rank in (1, 8, 9, 17, 20)]
+        found = [wanted_rank(rule(rank), spectrum, SCHEMES["linear"], 8) for rank in (1, 8, 9, 17, 20)]
         assert found == expected
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from rankprune import (
     EVBMF,
+    Budget,
     Energy,
     FixedRank,
     MatrixShape,
@@ -314,6 +315,14 @@ def test_ranks_are_rounded_up_to_multiples(multiple_of: int, ranks: tuple[int, i
     overrides = {"0": FixedRank(5), "1": FixedRank(7)}
     plan = make_plan(model, Ratio(1), overrides=overrides, guard=False, multiple_of=multiple_of)
     assert tuple(layer.rank for layer in plan.layers) == ranks
+
+
+@pytest.mark.parametrize("scheme", ["decoupled", "depthwise"])
+def test_a_rank_of_as_many_channels_as_the_layer_is_not_rounded(scheme: str) -> None:
+    model = nn.Sequential(nn.Conv2d(32, 32, 3))
+    for rank in (Ratio(0.3), Budget(params=0.5)):
+        plan = make_plan(model, rank, scheme=scheme, guard=False, multiple_of=16)
+        assert plan["0"].rank == 3
 
 
 def test_groups_share_one_rank_by_pooled_energy() -> None:

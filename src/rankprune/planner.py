@@ -65,7 +65,8 @@ def make_plan(
         guard: leave layers dense where the chosen rank does not save both parameters and FLOPs.
             False factorises even so (a budget never does).
         multiple_of: ranks are rounded up to a multiple of this; None is 1, or what the runtime's
-            kernels take at a time.
+            kernels take at a time. Separable layers keep theirs, of which a unit has as many
+            channels as the layer.
         runtime: where the network is to be fast. Layers are measured there (once: a cache keeps the
             times), and no plan makes a layer slower; under a budget the whole network is measured
             too, and is never slower. A `LatencyTable` shows progress and chooses the cache.
@@ -322,10 +323,10 @@ def _options(site: Site, wanted: Settings, *, guard: bool, multiple_of: int) -> 
     return [_by_rule(options, wanted.rank, guard=guard, multiple_of=multiple_of)]
 
 
-def wanted_rank(rule: RankRule, spectrum: Spectrum, multiple_of: int, max_rank: int) -> int:
+def wanted_rank(rule: RankRule, spectrum: Spectrum, scheme: Scheme, multiple_of: int) -> int:
     """What a rule selects, rounded up to a multiple where it is not exact; at most the largest."""
-    step = 1 if isinstance(rule, ExactRank) else multiple_of
-    return min(math.ceil(rule.select(spectrum) / step) * step, max_rank)
+    step = 1 if isinstance(rule, ExactRank) else scheme.rank_step(multiple_of)
+    return min(math.ceil(rule.select(spectrum) / step) * step, spectrum.shape.max_rank)
 
 
 def _by_rule(
@@ -335,7 +336,7 @@ def _by_rule(
     layers = []
     for option in options:
         spectrum, kept, _ = option.site.assess(option.scheme)
-        rank = wanted_rank(rule, spectrum, multiple_of, option.max_rank)
+        rank = wanted_rank(rule, spectrum, option.scheme, multiple_of)
         layers.append((option, option.at(rank, str(rule), float(kept[rank - 1]))))
     option, best = min(layers, key=lambda pair: (pair[1].flops or 0, pair[1].params))
     return Option(option.guarded(best) if guard else best, 0.0)
@@ -344,7 +345,8 @@ def _by_rule(
 def _grid(option: _LayerOption, multiple_of: int) -> Iterator[Option]:
     """The ranks below break-even that a budget chooses from, at most `_GRID` of them."""
     last = min(option.break_even() - 1, option.max_rank)
-    ranks = list(range(multiple_of, last + 1, multiple_of))
+    step = option.scheme.rank_step(multiple_of)
+    ranks = list(range(step, last + 1, step))
     if not ranks:
         return
     _, energy, worth = option.site.assess(option.scheme)

@@ -102,6 +102,10 @@ class Scheme(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Inverse of `factor_weights`: left [B, rows, r] and right [B, r, cols]."""
 
+    def rank_step(self, multiple_of: int) -> int:
+        """What ranks are multiples of for the channels between the two layers to be such."""
+        return multiple_of
+
     def unit_params(self, spec: LayerSpec) -> int:
         """Parameters that one unit of rank costs. The bias costs the same at every rank."""
         return sum(factor.weight_numel for factor in self.factor_specs(spec, 1))
@@ -303,6 +307,10 @@ class Separable(Scheme):
         if self.matrix_shape(spec).max_rank == 1:
             return f"{self.name}'s matrices have rank 1 already (1×1 kernel or depthwise)"
         return None
+
+    def rank_step(self, multiple_of: int) -> int:
+        """Every rank: a unit has as many channels as the layer, which nobody chooses."""
+        return 1
 
     def _kernels_first(self, spec: LayerSpec) -> bool:
         return self.by_first_axis == (spec.kind == "conv_transpose")

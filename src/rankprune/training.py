@@ -351,7 +351,7 @@ class Controller:
             rule = self._rules[target.name]
 
             def rank(spectrum: Spectrum) -> int:
-                return wanted_rank(rule, spectrum, self._multiple, shape.max_rank)
+                return wanted_rank(rule, spectrum, target.scheme, self._multiple)
 
             leading = rule.reads == "leading"
             if rule.reads == "shape":
