@@ -280,6 +280,26 @@ def ablations(model: str) -> Callable[[], str]:
     return table
 
 
+def separable() -> str:
+    """Speed-ups over the dense layer, as torch's exporter writes it in brackets."""
+    lines = [
+        "| runtime | layer | rank | `decoupled` | `depthwise` | `spatial`, as many FLOPs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in json.loads((RESULTS / "separable.json").read_text())["layers"]:
+        speed = {name: f"{value['median']:.2f}" for name, value in row["speedups"].items()}
+        channels, side = row["channels"], row["side"]
+        both = " | ".join(
+            f"{speed[form]} × ({speed[f'{form} by torch']} ×)"
+            for form in ("decoupled", "depthwise")
+        )
+        lines.append(
+            f"| {row['backend']} | {channels} → {channels} on {side} × {side} | {row['rank']} "
+            f"| {both} | {speed['spatial']} × |"
+        )
+    return "\n".join(lines)
+
+
 def mutation() -> str:
     """How many mutants of each module the tests notice."""
     rows = json.loads((DOCS.parent / "benchmarks/reliability/mutation.json").read_text())
@@ -311,6 +331,7 @@ PAGES = {
         "latency budget": latency_budget,
         "flops budget": flops_budget,
         "realised": realised,
+        "separable": separable,
     },
     "pretrained.md": {
         "smollm2": by_kept("SmolLM2-135M-Instruct"),

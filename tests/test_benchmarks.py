@@ -63,6 +63,16 @@ def test_latency() -> None:
 
 
 @pytest.mark.slow
+def test_separable() -> None:
+    rows = _run("separable.py", "--threads", "1")["layers"]
+    names = {"decoupled", "depthwise", "spatial", "decoupled by torch", "depthwise by torch"}
+    assert {row["backend"] for row in rows} >= {"onnxruntime"}
+    for row in rows:
+        assert set(row["speedups"]) == names
+        assert all(value["median"] > 0 for value in row["speedups"].values())
+
+
+@pytest.mark.slow
 def test_cifar10_methods(tmp_path: Path) -> None:
     """Every method that trains, on a few images: decomposed and projected answer alike."""
     for part, count in (("train", 26), ("test", 4)):
@@ -76,6 +86,7 @@ def test_cifar10_methods(tmp_path: Path) -> None:
         "ours",
         "ours-labels-only",
         "ours-decay-products",
+        "ours-auto-fixed-plan",
         "svd-matched-spatial",
         "nuclear-only-spatial",
         "trp-authors-channel",
