@@ -528,7 +528,9 @@ def test_multiple_of_is_a_whole_number(multiple_of: Any) -> None:
 def test_ranks_go_up_to_a_multiple_but_not_past_the_largest_and_exact_ones_stay() -> None:
     spectrum = Spectrum(torch.ones(1, 20), MatrixShape(batch=1, rows=20, cols=30))
     for rule, expected in ((FixedRank, [8, 8, 16, 20, 20]), (ExactRank, [1, 8, 9, 17, 20])):
-        found = [wanted_rank(rule(rank), spectrum, SCHEMES["linear"], 8) for rank in (1, 8, 9, 17, 20)]
+        found = [
+            wanted_rank(rule(rank), spectrum, SCHEMES["linear"], 8) for rank in (1, 8, 9, 17, 20)
+        ]
         assert found == expected
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from case import Case, Method
@@ -12,17 +13,12 @@ from methods.ours import ours
 
 
 def by_energy(case: Case, scheme: str) -> rp.Plan:
-    """Ranks by the dense network's spectra, kept through the run."""
+    """Ranks by the dense network's weights, kept through the run."""
     return case.plan(scheme)
 
 
-def by_output(case: Case, scheme: str) -> rp.Plan:
-    """... by the errors of the layers' outputs."""
-    return case.plan(scheme, rp.calibrate(case.trained.eval(), case.images))
-
-
 def by_sensitivity(case: Case, scheme: str) -> rp.Plan:
-    """... by what those errors do to the answers."""
+    """... by what errors of its outputs do to the answers."""
     stats = rp.calibrate(case.trained.eval(), case.images, sensitivity=True)
     return case.plan(scheme, stats)
 
@@ -48,7 +44,11 @@ def transfer_energy(controller: rp.Controller) -> None:
     controller.project = project  # type: ignore[method-assign]
 
 
-PIECES: dict[str, Method] = {
+def _as_before(piece: partial[Any]) -> Method:
+    return partial(piece, scheme="auto", plan=piece.keywords.get("plan"))
+
+
+PIECES: dict[str, partial[Any]] = {
     "ours-without-tail": partial(ours, tail=0.0),
     "ours-tail-0.25": partial(ours, tail=0.25),
     "ours-tail-0.75": partial(ours, tail=0.75, descent=0.2),
@@ -65,21 +65,18 @@ PIECES: dict[str, Method] = {
     "ours-temperature-2": partial(ours, temperature=2.0),
     "ours-decay-products": partial(ours, decay_products=True),
     "ours-match-10": partial(ours, match=10.0),
-    "ours-fixed-plan": partial(ours, plan=by_energy),
-    "ours-by-output": partial(ours, plan=by_output),
+    "ours-by-energy": partial(ours, plan=by_energy),
+    "ours-by-weights": partial(ours, plan=None),
     "ours-by-sensitivity": partial(ours, plan=by_sensitivity),
     "ours-energy-transfer": partial(ours, after_attach=transfer_energy),
 }
 METHODS: dict[str, Method] = {
     **PIECES,
-    "ours-auto": partial(ours, scheme="auto"),
+    "ours-auto": _as_before(partial(ours)),
     "ours-channel": partial(ours, scheme="channel"),
     "ours-spatial": partial(ours, scheme="spatial"),
     "ours-decoupled": partial(ours, scheme="decoupled"),
     "ours-depthwise": partial(ours, scheme="depthwise"),
-    # with the best of all schemes for each layer
-    **{
-        name.replace("ours", "ours-auto"): partial(piece, scheme="auto")
-        for name, piece in PIECES.items()
-    },
+    # the recipe as it was: all schemes, ranks by the weights' errors and spent anew on the way
+    **{name.replace("ours", "ours-auto"): _as_before(piece) for name, piece in PIECES.items()},
 }

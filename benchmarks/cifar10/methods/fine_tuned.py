@@ -7,12 +7,18 @@ from functools import partial
 from case import Case, Method, Result, decompose
 from loop import labels_only, train
 
+from methods.ours import by_outputs
 from rankprune.recipes.config import MATCH
 
 
-def fine_tuned(case: Case, *, scheme: str, soft: bool = False, match: float = 0.0) -> Result:
-    """`soft` learns from the dense network's answers too, `match` from its blocks' outputs."""
-    compact = decompose(case, case.plan(scheme), bn=True)
+def fine_tuned(
+    case: Case, *, scheme: str, soft: bool = False, match: float = 0.0, aware: bool = False
+) -> Result:
+    """`soft` learns from the dense network's answers too, `match` from its blocks' outputs.
+
+    `aware` chooses ranks as the recipe does.
+    """
+    compact = decompose(case, by_outputs(case, scheme) if aware else case.plan(scheme), bn=True)
     loss = case.taught(match) if soft else labels_only
     train(compact, case.data, case.training, loss=loss)
     return Result(compact)
@@ -29,6 +35,9 @@ METHODS: dict[str, Method] = {
     "svd-fine-tuned-separable": partial(fine_tuned, scheme="separable"),
     "svd-distilled-separable": partial(fine_tuned, scheme="separable", soft=True),
     "svd-matched-separable": partial(fine_tuned, scheme="separable", soft=True, match=MATCH),
+    "svd-matched-aware-separable": partial(
+        fine_tuned, scheme="separable", soft=True, match=MATCH, aware=True
+    ),
     "svd-matched-depthwise": partial(fine_tuned, scheme="depthwise", soft=True, match=MATCH),
     "svd-matched-decoupled": partial(fine_tuned, scheme="decoupled", soft=True, match=MATCH),
 }

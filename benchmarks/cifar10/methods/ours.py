@@ -14,6 +14,11 @@ from rankprune.recipes.teacher import TEMPERATURE
 DEFAULT = TrainConfig.model_fields
 
 
+def by_outputs(case: Case, scheme: str) -> rp.Plan:
+    """Ranks by the errors of the dense network's layers' outputs."""
+    return case.plan(scheme, rp.calibrate(case.trained.eval(), case.images))
+
+
 def ours(
     case: Case,
     *,
@@ -24,7 +29,7 @@ def ours(
     nuclear: float = DEFAULT["nuclear"].default,
     nuclear_mode: str = DEFAULT["nuclear_mode"].default,
     match: float = MATCH,
-    plan: Callable[[Case, str], rp.Plan] | None = None,
+    plan: Callable[[Case, str], rp.Plan] | None = by_outputs,
     after_attach: Callable[[rp.Controller], None] | None = None,
     answers: float = SOFT,
     temperature: float = TEMPERATURE,
@@ -34,14 +39,14 @@ def ours(
 
     Args:
         case: the task.
-        scheme: of all layers, or "auto" for the best of each.
+        scheme: as in `make_plan`.
         descent: share of the run over which the budget comes down.
         tail: share of the run, at its end, in which the factors are trained.
         every: period of the projections before.
         nuclear: weight of the nuclear norm before.
         nuclear_mode: as in `TRP`.
         match: weight of its blocks' outputs.
-        plan: fixed ranks to come down to, instead of a budget that is spent anew on the way.
+        plan: ranks to come down to; None spends the budget anew on the way, by the weights' errors.
         after_attach: gets the controller.
         answers: weight of the dense network's answers beside the labels'; without them and `match`
             there is no teacher.
@@ -55,7 +60,7 @@ def ours(
         return rp.TRP(
             rank=case.budget if fixed is None else None,
             plan=fixed,
-            scheme=scheme,
+            scheme="auto" if fixed else scheme,
             every=every,
             nuclear=nuclear,
             nuclear_mode=nuclear_mode,
