@@ -146,10 +146,11 @@ class Whitened:
         a = self._grouped(left)  # [g, b, rows, R]
         b = self._grouped(right).unflatten(-1, (-1, others))  # [g, b, R, n, P]
         products = torch.zeros(a.shape[-1], a.shape[-1], dtype=a.dtype, device=a.device)
+        together = a.transpose(1, 2).flatten(2)  # one product for all of a group's matrices
         for p in range(others):
             for q in range(p + 1):
-                metric = spread[:, :, p, :, q].unsqueeze(1)
-                terms = (a.mT @ (metric @ a)) * (b[..., p] @ b[..., q].mT)
+                weighed = (spread[:, :, p, :, q] @ together).unflatten(2, (-1, a.shape[-1]))
+                terms = (a.mT @ weighed.transpose(1, 2)) * (b[..., p] @ b[..., q].mT)
                 products += terms.sum((0, 1))
                 if q < p:  # the pair (q, p) is its transpose
                     products += terms.mT.sum((0, 1))

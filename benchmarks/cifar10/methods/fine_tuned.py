@@ -35,9 +35,12 @@ METHODS: dict[str, Method] = {
     "svd-fine-tuned-separable": partial(fine_tuned, scheme="separable"),
     "svd-distilled-separable": partial(fine_tuned, scheme="separable", soft=True),
     "svd-matched-separable": partial(fine_tuned, scheme="separable", soft=True, match=MATCH),
-    "svd-matched-aware-separable": partial(
-        fine_tuned, scheme="separable", soft=True, match=MATCH, aware=True
-    ),
+    **{
+        f"svd-matched-aware-{scheme}": partial(
+            fine_tuned, scheme=scheme, soft=True, match=MATCH, aware=True
+        )
+        for scheme in ("auto", "separable", "depthwise")
+    },
     "svd-matched-depthwise": partial(fine_tuned, scheme="depthwise", soft=True, match=MATCH),
     "svd-matched-decoupled": partial(fine_tuned, scheme="decoupled", soft=True, match=MATCH),
 }
