@@ -124,29 +124,6 @@ def test_own_functions_are_called_but_never_trusted_in_files() -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"flops": 0.5}, 0),
-        ({"flops": 0.5, "baseline": True}, 0),
-        ({"flops": 0.5, "weights": "dense.pt"}, 2048),
-        ({"latency": 0.5, "pretrained": True}, 2048),
-        ({"latency": 0.5, "pretrained": True, "calibrate": 64}, 64),
-        ({"latency": 0.5, "pretrained": True, "calibrate": 0}, 0),
-        ({"rank": "energy:0.98", "pretrained": True}, 0),
-        ({"method": "dense", "pretrained": True}, 0),
-        ({"flops": 0.5, "calibrate": 64}, None),
-        ({"rank": "energy:0.98", "pretrained": True, "calibrate": 64}, None),
-    ],
-)
-def test_images_to_calibrate(values: dict[str, object], expected: int | None) -> None:
-    if expected is None:
-        with pytest.raises(ConfigError, match="calibrate=64: it is a budget"):
-            make_config({**BASE, **values})
-    else:
-        assert make_config({**BASE, **values}).images_to_calibrate() == expected
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
         ({"flops": 0.5}, "separable"),
         ({"params": 0.5}, "separable"),
         ({"rank": "energy:0.98"}, "auto"),

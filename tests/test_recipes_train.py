@@ -14,12 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from rankprune import Budget, ConfigError, Plan, calibrate, make_plan
+from rankprune import ConfigError
 from rankprune.recipes import process, run, train
-from rankprune.recipes.batches import Normalise, train_batches
 from rankprune.recipes.config import TrainConfig, make_config
 from rankprune.recipes.data import load_data
-from rankprune.recipes.goal import plan_by_outputs
 from rankprune.recipes.interrupt import Interrupted
 from rankprune.recipes.models import build_model
 from rankprune.recipes.randomness import random_state, seed_all, set_random_state
@@ -60,51 +58,6 @@ def test_a_signal_in_the_last_validation_ends_the_run(tmp_path: Path) -> None:
         fit(config, DATA, _model(), folder=tmp_path, progress=Signalled())
     resumed = fit(config, DATA, _model(), folder=tmp_path)
     whole = fit(config, DATA, _model())
-    states = resumed.model.state_dict(), whole.model.state_dict()
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
-
-
-def _chosen(plan: Plan | None) -> list[tuple[str, str | None, int | None]]:
-    assert plan is not None
-    return [(layer.name, layer.scheme, layer.rank) for layer in plan.factorized]
-
-
-def test_from_a_trained_network_outputs_decide_how_a_budget_is_spent() -> None:
-    model = _model()
-    with torch.no_grad():
-        model[0].weight[::2] = 0  # half of what comes into the second convolution is constant
-    images = next(train_batches(DATA, batch=128, seed=0, epoch=0))[0]
-    few = _config(weights="dense.pt", distill=0.0, tail=0.0, calibrate=100)
-    stats = calibrate(model, [Normalise(DATA, torch.device("cpu"))(images)])
-    x = torch.zeros(1, *DATA.shape)
-    by_hand = make_plan(model, Budget(flops=0.4), scheme="separable", example_inputs=x, stats=stats)
-    by_weights = make_plan(model, Budget(flops=0.4), scheme="separable", example_inputs=x)
-    assert _chosen(by_hand) != _chosen(by_weights)
-    assert _chosen(plan_by_outputs(few, DATA, model)) == _chosen(by_hand)
-    assert _chosen(fit(few, DATA, model).plan) == _chosen(by_hand)
-    for other in ({"calibrate": 0}, {"weights": None, "distill": None}):
-        options = {"weights": "dense.pt", "distill": 0.0, "tail": 0.0, **other}
-        assert plan_by_outputs(_config(**options), DATA, model) is None
-
-
-def test_a_plan_made_beforehand_goes_on_with_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Signalled(Progress):
-        steps = 0
-
-        def step(self, loss: float, rate: float) -> None:
-            self.steps += 1
-            if self.steps == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    config = _config(weights="dense.pt", distill=0.0, every=1)
-    whole = fit(config, DATA, _model())
-    with pytest.raises(Interrupted):
-        fit(config, DATA, _model(), folder=tmp_path, progress=Signalled())
-    monkeypatch.delattr(train, "plan_by_outputs")
-    resumed = fit(config, DATA, _model(), folder=tmp_path)
-    assert resumed.plan == whole.plan
     states = resumed.model.state_dict(), whole.model.state_dict()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
 

@@ -63,10 +63,6 @@ def train(
     backend: Backend = None,
     threads: Threads = None,
     batch: Annotated[int | None, typer.Option(help="Examples in a call when measuring.")] = None,
-    calibrate: Annotated[
-        int | None,
-        typer.Option(help="Training images by whose errors a budget is spent; 0: the weights'."),
-    ] = None,
     every: Annotated[int | None, typer.Option(help="Steps from projection to projection.")] = None,
     start: Annotated[
         float | None, typer.Option(help="First projection, as a share of the run.")

@@ -20,8 +20,6 @@ from rankprune.schemes import check_scheme
 _MAX_CONFIG_BYTES = 2**20
 # Weights of a dense network's answers and blocks, where there is one to learn from.
 SOFT, MATCH = 0.9, 3.0
-# Images that tell how large the errors of a layer's outputs are.
-CALIBRATE = 2048
 
 
 class TrainConfig(BaseModel):
@@ -48,9 +46,6 @@ class TrainConfig(BaseModel):
         threads: of an operator when measuring; None for torch's number.
         batch: examples in a call when measuring.
         rank: a rank rule such as "energy:0.98", instead of a budget.
-        calibrate: training images by which a budget is spent: by the errors of the layers' outputs
-            on them, in the network that the run starts from. None takes 2,048 where that is a
-            trained one (`pretrained`, `weights`), and 0, for the errors of the weights, elsewhere.
         every: period of projections in steps.
         start, descent: as shares of the run: when projections start, and how long the budget takes
             from there to come down to its target.
@@ -100,7 +95,6 @@ class TrainConfig(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     batch: int = Field(default=1, ge=1)
     rank: str | None = None
-    calibrate: int | None = Field(default=None, ge=0)
     every: int = Field(default=10, ge=1)
     start: float = Field(default=0.0, ge=0, lt=1)
     descent: float = Field(default=0.3, ge=0, le=1)
@@ -154,27 +148,6 @@ class TrainConfig(BaseModel):
         counted = self.rank is None and self.runtime() is None
         return "separable" if counted else "auto"
 
-    @property
-    def from_trained(self) -> bool:
-        """Whether the run starts from a trained network."""
-        return self.pretrained or self.weights is not None
-
-    def images_to_calibrate(self) -> int:
-        """Number of images by which a budget is spent; 0 for none.
-
-        Raises:
-            ConfigError: `calibrate` is given, and there is no budget or nothing to calibrate.
-        """
-        spent = self.method == "trp" and self.rank is None
-        if self.calibrate and not (spent and self.from_trained):
-            raise ConfigError(
-                f"calibrate={self.calibrate}: it is a budget that is spent so (flops, params or "
-                "latency), from a trained network (weights, pretrained)"
-            )
-        if self.calibrate is not None:
-            return self.calibrate
-        return CALIBRATE if spent and self.from_trained else 0
-
     def soft(self) -> float:
         """Weight of the dense network's answers in the loss.
 
@@ -183,7 +156,7 @@ class TrainConfig(BaseModel):
         """
         if self.method == "dense":
             return 0.0
-        taught = self.from_trained or self.baseline
+        taught = self.pretrained or self.weights is not None or self.baseline
         if self.distill and not taught:
             raise ConfigError(
                 f"distill={self.distill}: there is no trained dense network to learn from; start "
@@ -323,7 +296,6 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
     check_scheme(config.schemes())
     config.runtime()
     config.soft()
-    config.images_to_calibrate()
     if config.method == "trp":
         descent = config.descent if isinstance(config.target(), Budget) else 0.0
         if config.start + descent + config.tail > 1 + 1e-9:

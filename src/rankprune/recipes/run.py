@@ -20,11 +20,17 @@ from rankprune.recipes.batches import Normalise, check_batch
 from rankprune.recipes.config import TrainConfig, make_config, read_yaml, to_yaml
 from rankprune.recipes.data import ImageData, load_data
 from rankprune.recipes.evaluate import evaluate
-from rankprune.recipes.goal import example_inputs
 from rankprune.recipes.models import build_model
 from rankprune.recipes.process import effective_precision, process_state
 from rankprune.recipes.randomness import seed_all
-from rankprune.recipes.train import CHECKPOINT, METRICS, Progress, Trained, fit
+from rankprune.recipes.train import (
+    CHECKPOINT,
+    METRICS,
+    Progress,
+    Trained,
+    example_inputs,
+    fit,
+)
 from rankprune.recipes.weights import load_weights, require_dense
 from rankprune.report import Report, report
 from rankprune.serialize import save

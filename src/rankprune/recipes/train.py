@@ -16,16 +16,17 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from rankprune.attach import attach
+from rankprune.budget import Budget
 from rankprune.errors import FileError, RankPruneError
 from rankprune.factorize import defactorize, factor_skeleton, factorize
 from rankprune.files import remove_stale, write_atomically
+from rankprune.options import TRP
 from rankprune.plan import Plan
 from rankprune.recipes.batches import Normalise, check_batch, train_batches
 from rankprune.recipes.checkpoint import read_checkpoint, write_checkpoint
 from rankprune.recipes.config import MATCH, TrainConfig
 from rankprune.recipes.data import ImageData
 from rankprune.recipes.evaluate import evaluate
-from rankprune.recipes.goal import example_inputs, plan_by_outputs, trp_options
 from rankprune.recipes.interrupt import Interrupted, catching_signals
 from rankprune.recipes.optim import make_optimizer, make_scheduler
 from rankprune.recipes.process import effective_precision, on_cpu, process_state
@@ -37,7 +38,7 @@ from rankprune.training import Controller
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 _STATE = {"total", "step", "model", "optimizer", "scheduler", "scaler", "trp", "plan", "sums"}
-_STATE |= {"goal", "records", "random"}
+_STATE |= {"records", "random"}
 
 
 class Progress:
@@ -125,18 +126,13 @@ class _Run:
         if folder is not None and folder.is_dir() and self.accelerator.is_main_process:
             remove_stale(folder)
         checkpoint = self._checkpoint(model)
-        self.goal: Plan | None = None  # what TRP comes down to, where that is fixed beforehand
         self.plan: Plan | None = None  # of the factors, once they are trained
         if checkpoint is not None:
             if checkpoint["plan"] is not None:
                 self.plan = Plan.from_json(checkpoint["plan"])
-            if checkpoint["goal"] is not None:
-                self.goal = Plan.from_json(checkpoint["goal"])
             model.load_state_dict(checkpoint["model"])
         model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.bare = model
-        if checkpoint is None:
-            self.goal = plan_by_outputs(config, data, model)
         self.raw = make_optimizer(config, model)
         self.scheduler = make_scheduler(config, self.raw, self.total)
         if checkpoint is not None:
@@ -367,7 +363,6 @@ class _Run:
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "trp": None if self.trp is None else self.trp.state_dict(),
-                "goal": None if self.goal is None else self.goal.to_json(),
                 "plan": None if self.plan is None else self.plan.to_json(),
                 # alike in every process: all are seeded alike, and draw as much
                 "random": random_state(),
@@ -395,7 +390,7 @@ class _Run:
         return attach(
             self.bare,
             self.raw,
-            trp_options(self.config, self.total, self.goal),
+            trp_options(self.config, self.total),
             example_inputs=example_inputs(
                 self.data, self.accelerator.device, batch=self.config.batch
             ),
@@ -419,3 +414,27 @@ def _without_accelerate(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.forward = replaced
+
+
+def trp_options(config: TrainConfig, total: int) -> TRP:
+    """The TRP options of a run of this many steps."""
+    target = config.target()
+    return TRP(
+        rank=target,
+        scheme=config.schemes(),
+        multiple_of=config.multiple_of,
+        runtime=config.runtime(),
+        every=config.every,
+        start=round(config.start * total),
+        descent=round(config.descent * total) if isinstance(target, Budget) else 0,
+        nuclear=config.nuclear,
+        nuclear_mode=config.nuclear_mode,
+        nuclear_when=config.nuclear_when,
+    )
+
+
+def example_inputs(
+    data: ImageData, device: torch.device | str = "cpu", batch: int = 1
+) -> torch.Tensor:
+    """Blank images, to count FLOPs and to measure with."""
+    return torch.zeros(batch, *data.shape, device=device)
