@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from case import Case, Method
 
 import rankprune as rp
-from methods.ours import ours
+from methods.ours import by_outputs, ours
 
 
 def by_energy(case: Case, scheme: str) -> rp.Plan:
@@ -44,11 +43,7 @@ def transfer_energy(controller: rp.Controller) -> None:
     controller.project = project  # type: ignore[method-assign]
 
 
-def _as_before(piece: partial[Any]) -> Method:
-    return partial(piece, scheme="auto", plan=piece.keywords.get("plan"))
-
-
-PIECES: dict[str, partial[Any]] = {
+PIECES: dict[str, Method] = {
     "ours-without-tail": partial(ours, tail=0.0),
     "ours-tail-0.25": partial(ours, tail=0.25),
     "ours-tail-0.75": partial(ours, tail=0.75, descent=0.2),
@@ -66,17 +61,20 @@ PIECES: dict[str, partial[Any]] = {
     "ours-decay-products": partial(ours, decay_products=True),
     "ours-match-10": partial(ours, match=10.0),
     "ours-by-energy": partial(ours, plan=by_energy),
-    "ours-by-weights": partial(ours, plan=None),
+    "ours-by-outputs": partial(ours, plan=by_outputs),
     "ours-by-sensitivity": partial(ours, plan=by_sensitivity),
     "ours-energy-transfer": partial(ours, after_attach=transfer_energy),
 }
 METHODS: dict[str, Method] = {
     **PIECES,
-    "ours-auto": _as_before(partial(ours)),
+    "ours-auto": partial(ours, scheme="auto"),
     "ours-channel": partial(ours, scheme="channel"),
     "ours-spatial": partial(ours, scheme="spatial"),
     "ours-decoupled": partial(ours, scheme="decoupled"),
     "ours-depthwise": partial(ours, scheme="depthwise"),
-    # the recipe as it was: all schemes, ranks by the weights' errors and spent anew on the way
-    **{name.replace("ours", "ours-auto"): _as_before(piece) for name, piece in PIECES.items()},
+    # with the best of all schemes for each layer
+    **{
+        name.replace("ours", "ours-auto"): partial(piece, scheme="auto")
+        for name, piece in PIECES.items()
+    },
 }

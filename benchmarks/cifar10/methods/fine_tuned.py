@@ -16,7 +16,7 @@ def fine_tuned(
 ) -> Result:
     """`soft` learns from the dense network's answers too, `match` from its blocks' outputs.
 
-    `aware` chooses ranks as the recipe does.
+    `aware` chooses ranks by the errors of the layers' outputs.
     """
     compact = decompose(case, by_outputs(case, scheme) if aware else case.plan(scheme), bn=True)
     loss = case.taught(match) if soft else labels_only

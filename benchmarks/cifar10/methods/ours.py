@@ -29,7 +29,7 @@ def ours(
     nuclear: float = DEFAULT["nuclear"].default,
     nuclear_mode: str = DEFAULT["nuclear_mode"].default,
     match: float = MATCH,
-    plan: Callable[[Case, str], rp.Plan] | None = by_outputs,
+    plan: Callable[[Case, str], rp.Plan] | None = None,
     after_attach: Callable[[rp.Controller], None] | None = None,
     answers: float = SOFT,
     temperature: float = TEMPERATURE,
@@ -46,7 +46,7 @@ def ours(
         nuclear: weight of the nuclear norm before.
         nuclear_mode: as in `TRP`.
         match: weight of its blocks' outputs.
-        plan: ranks to come down to; None spends the budget anew on the way, by the weights' errors.
+        plan: fixed ranks to come down to, instead of a budget that is spent anew on the way.
         after_attach: gets the controller.
         answers: weight of the dense network's answers beside the labels'; without them and `match`
             there is no teacher.
