@@ -256,19 +256,14 @@ def ablations(model: str) -> Callable[[], str]:
 
     def table() -> str:
         rows = _cifar10("validation.json", model)
-        full = {
-            (r["start"], r["target"], r["epochs"], r["method"]): r
-            for r in rows
-            if r["method"] in ("ours", "ours-auto")
-        }
+        full = {(r["start"], r["target"], r["epochs"]): r for r in rows if r["method"] == "ours"}
         rows.sort(key=lambda r: (r["epochs"], r["target"], -r["accuracy"]))
         lines = [
-            "| epochs | asked for | method | FLOPs | accuracy | against the recipe | seeds |",
+            "| epochs | asked for | method | FLOPs | accuracy | against `ours` | seeds |",
             "|---|---|---|---|---|---|---|",
         ]
         for row in rows:
-            name = "ours-auto" if "auto" in row["method"] else "ours"
-            other = full.get((row["start"], row["target"], row["epochs"], name))
+            other = full.get((row["start"], row["target"], row["epochs"]))
             gain = "" if other is None else f"{row['accuracy'] - other['accuracy']:+.2f}"
             lines.append(
                 f"| {row['epochs']} | {row['target']:g} × | {row['method']} "

@@ -86,7 +86,7 @@ def test_cifar10_methods(tmp_path: Path) -> None:
         "ours",
         "ours-labels-only",
         "ours-decay-products",
-        "ours-auto-by-energy",
+        "ours-separable-by-outputs",
         "svd-matched-spatial",
         "nuclear-only-spatial",
         "trp-authors-channel",

@@ -119,19 +119,3 @@ def test_own_functions_are_called_but_never_trusted_in_files() -> None:
     assert not is_trusted_name(name)
     assert is_trusted_name("torchvision:resnet18")
     assert is_trusted_name("digits_cnn")
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ({"flops": 0.5}, "separable"),
-        ({"params": 0.5}, "separable"),
-        ({"rank": "energy:0.98"}, "auto"),
-        ({"latency": 0.5}, "auto"),
-        ({"flops": 0.5, "backend": "eager"}, "auto"),
-        ({"flops": 0.5, "scheme": "spatial"}, "spatial"),
-        ({"latency": 0.5, "scheme": "separable"}, "separable"),
-    ],
-)
-def test_the_scheme_that_is_meant(values: dict[str, object], expected: str) -> None:
-    assert make_config({**BASE, **values}).schemes() == expected

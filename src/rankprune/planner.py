@@ -52,8 +52,8 @@ def make_plan(
         rank: a rank rule (`Energy`, `Ratio`, …), applied layer by layer, or a `Budget` for the
             whole model.
         scheme: "auto" considers every scheme that fits a layer; "separable" those that make a
-            depthwise and a 1×1 convolution of it, which learn most where the network is trained
-            afterwards (others where neither fits); a scheme's name only that one for convolutions
+            depthwise and a 1×1 convolution of it, which learn much for their FLOPs and are slow in
+            torch itself (others where neither fits); a scheme's name only that one for convolutions
             (linear layers always use `linear`).
         overrides: shell-style name patterns ("layer1.*") to a rule, a `LayerConfig`, or None to
             leave dense. Where several match, the last wins.

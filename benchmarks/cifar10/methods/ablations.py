@@ -43,7 +43,7 @@ def transfer_energy(controller: rp.Controller) -> None:
     controller.project = project  # type: ignore[method-assign]
 
 
-PIECES: dict[str, Method] = {
+METHODS: dict[str, Method] = {
     "ours-without-tail": partial(ours, tail=0.0),
     "ours-tail-0.25": partial(ours, tail=0.25),
     "ours-tail-0.75": partial(ours, tail=0.75, descent=0.2),
@@ -64,17 +64,10 @@ PIECES: dict[str, Method] = {
     "ours-by-outputs": partial(ours, plan=by_outputs),
     "ours-by-sensitivity": partial(ours, plan=by_sensitivity),
     "ours-energy-transfer": partial(ours, after_attach=transfer_energy),
-}
-METHODS: dict[str, Method] = {
-    **PIECES,
-    "ours-auto": partial(ours, scheme="auto"),
     "ours-channel": partial(ours, scheme="channel"),
     "ours-spatial": partial(ours, scheme="spatial"),
     "ours-decoupled": partial(ours, scheme="decoupled"),
     "ours-depthwise": partial(ours, scheme="depthwise"),
-    # with the best of all schemes for each layer
-    **{
-        name.replace("ours", "ours-auto"): partial(piece, scheme="auto")
-        for name, piece in PIECES.items()
-    },
+    "ours-separable": partial(ours, scheme="separable"),
+    "ours-separable-by-outputs": partial(ours, scheme="separable", plan=by_outputs),
 }

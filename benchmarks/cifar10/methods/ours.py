@@ -22,7 +22,7 @@ def by_outputs(case: Case, scheme: str) -> rp.Plan:
 def ours(
     case: Case,
     *,
-    scheme: str = "separable",
+    scheme: str = DEFAULT["scheme"].default,
     descent: float = DEFAULT["descent"].default,
     tail: float = DEFAULT["tail"].default,
     every: int = DEFAULT["every"].default,
@@ -60,7 +60,7 @@ def ours(
         return rp.TRP(
             rank=case.budget if fixed is None else None,
             plan=fixed,
-            scheme="auto" if fixed else scheme,
+            scheme=scheme if fixed is None else "auto",
             every=every,
             nuclear=nuclear,
             nuclear_mode=nuclear_mode,

@@ -37,9 +37,7 @@ class TrainConfig(BaseModel):
         weights: start from this state dict (.safetensors, .pt or a saved folder).
         method: "trp", or "dense" for a baseline without it.
         baseline: also train a dense network alike, to compare with.
-        scheme: as in `make_plan`. None takes "separable" for a budget in FLOPs or parameters, and
-            "auto" for a rank rule or where layers are measured: depthwise convolutions learn most
-            for their FLOPs, and not every runtime is fast at them.
+        scheme: as in `make_plan`.
         flops, params: budget as fractions of the dense network.
         latency: budget as a fraction of the dense network's time, or as milliseconds ("12ms").
         backend: measure layers there, and make none slower; a latency budget takes onnxruntime.
@@ -87,7 +85,7 @@ class TrainConfig(BaseModel):
     weights: str | None = None
     method: Literal["trp", "dense"] = "trp"
     baseline: bool = False
-    scheme: str | None = None
+    scheme: str = "auto"
     flops: float | None = None
     params: float | None = None
     latency: float | str | None = None
@@ -140,13 +138,6 @@ class TrainConfig(BaseModel):
         if self.backend is None and self.latency is None:
             return None
         return Runtime(backend=self.backend or "onnxruntime", threads=self.threads)
-
-    def schemes(self) -> str:
-        """The scheme or choice of schemes that is meant."""
-        if self.scheme is not None:
-            return self.scheme
-        counted = self.rank is None and self.runtime() is None
-        return "separable" if counted else "auto"
 
     def soft(self) -> float:
         """Weight of the dense network's answers in the loss.
@@ -293,7 +284,7 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
         config = TrainConfig(**values)
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(item) for item in error.errors())) from None
-    check_scheme(config.schemes())
+    check_scheme(config.scheme)
     config.runtime()
     config.soft()
     if config.method == "trp":

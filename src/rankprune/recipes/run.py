@@ -120,7 +120,7 @@ def preview(config: TrainConfig, data: ImageData) -> Plan | None:
     return make_plan(
         model,
         config.target(),
-        scheme=config.schemes(),
+        scheme=config.scheme,
         example_inputs=example_inputs(data, batch=config.batch),
         multiple_of=config.multiple_of,
         runtime=config.runtime(),

@@ -421,7 +421,7 @@ def trp_options(config: TrainConfig, total: int) -> TRP:
     target = config.target()
     return TRP(
         rank=target,
-        scheme=config.schemes(),
+        scheme=config.scheme,
         multiple_of=config.multiple_of,
         runtime=config.runtime(),
         every=config.every,
