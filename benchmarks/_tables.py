@@ -285,8 +285,11 @@ def separable() -> str:
         speed = {name: f"{value['median']:.2f}" for name, value in row["speedups"].items()}
         channels, side = row["channels"], row["side"]
         both = " | ".join(
-            f"{speed[form]} × ({speed[f'{form} by torch']} ×)"
-            for form in ("decoupled", "depthwise")
+            f"{speed[form]} ×" + (f" ({speed[torchs]} ×)" if torchs in speed else "")
+            for form, torchs in (
+                ("decoupled", "decoupled by torch"),
+                ("depthwise", "depthwise by torch"),
+            )
         )
         lines.append(
             f"| {row['backend']} | {channels} → {channels} on {side} × {side} | {row['rank']} "

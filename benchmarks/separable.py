@@ -1,4 +1,4 @@
-"""Separable layers in ONNX: with r kernels a channel as torch writes them, and with one.
+"""Separable layers: in ONNX with r kernels a channel as torch writes them, and with one; in torch.
 
 A k×k convolution of as many inputs as outputs, between two 1×1 convolutions with ReLUs, as it
 stands in a network; factorised by `decoupled` and `depthwise`, and by `spatial` at the FLOPs of
@@ -52,11 +52,12 @@ def variants(channels: int, rank: int) -> dict[str, nn.Module]:
 def ready(
     networks: dict[str, nn.Module], x: torch.Tensor, backend: str, threads: int
 ) -> dict[str, Run]:
-    """Calls of all networks; the separable ones twice, also as torch's exporter writes them."""
+    """Calls of all networks; in ONNX the separable ones also as torch's exporter writes them."""
     runtime = Runtime(backend=backend, threads=threads)
     calls = {name: runtime.prepare(network, x) for name, network in networks.items()}
     reader = BACKENDS[backend]
-    assert isinstance(reader, OnnxBackend)
+    if not isinstance(reader, OnnxBackend):
+        return calls
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in FORMS:
@@ -87,7 +88,7 @@ def main() -> None:
     options = arguments(__doc__).parse_args()
     layers = LAYERS[:2] if options.quick else LAYERS
     torch.set_num_threads(options.threads)
-    backends = [b for b in ("onnxruntime", "openvino") if BACKENDS[b].installed()]
+    backends = [b for b in ("onnxruntime", "openvino", "eager") if BACKENDS[b].installed()]
     rows = [
         measure(backend, channels, side, rank, options)
         for backend in backends

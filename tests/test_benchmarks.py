@@ -65,9 +65,11 @@ def test_latency() -> None:
 @pytest.mark.slow
 def test_separable() -> None:
     rows = _run("separable.py", "--threads", "1")["layers"]
-    names = {"decoupled", "depthwise", "spatial", "decoupled by torch", "depthwise by torch"}
-    assert {row["backend"] for row in rows} >= {"onnxruntime"}
+    assert {row["backend"] for row in rows} >= {"onnxruntime", "eager"}
     for row in rows:
+        names = {"decoupled", "depthwise", "spatial"}
+        if row["backend"] != "eager":
+            names |= {"decoupled by torch", "depthwise by torch"}
         assert set(row["speedups"]) == names
         assert all(value["median"] > 0 for value in row["speedups"].values())
 

@@ -73,7 +73,7 @@ Scheme = Annotated[
     str | None,
     typer.Option(
         help="channel, spatial, decoupled, depthwise or linear for all layers; separable "
-        "(decoupled or depthwise) or auto: the best for each."
+        "(decoupled or depthwise) or auto (the default): the best for each."
     ),
 ]
 Multiple = Annotated[
