@@ -4,14 +4,14 @@ A scheme owns four things and nothing else: weight → matrix, its exact inverse
 rank-r matrix becomes, and (by way of those layers) the cost of a unit of rank.
 
 Shapes, for a convolution's weight [N, C/g, *k]. A weight becomes a *batch* of matrices of one
-shape, [B, rows, cols], which share one rank: B = g groups (or one matrix for every filter).
+shape, [B, rows, cols], which share one rank: B = g groups, or the outputs or inputs.
 
-    scheme      matrices                    first layer            second layer
-    channel     g × [N/g, C/g·k]            conv(C→g·r, k)         conv(g·r→N, 1)
-    spatial     g × [C/g·kh, N/g·kw]        conv(C→g·r, kh×1)      conv(g·r→N, 1×kw)
-    decoupled   N × [C/g, k]                conv(C→N·r, 1)         conv(N·r→N, k, groups=N)
-    depthwise   C × [N/g, k]                conv(C→C·r, k, groups=C)  conv(C·r→N, 1)
-    linear      1 × [out, in]               Linear(in→r)           Linear(r→out)
+    scheme      matrices                first layer                 second layer
+    channel     g × [N/g, C/g·k]        conv(C→g·r, k)              conv(g·r→N, 1)
+    spatial     g × [C/g·kh, N/g·kw]    conv(C→g·r, kh×1)           conv(g·r→N, 1×kw)
+    decoupled   N × [C/g, k]            conv(C→N·r, 1)              conv(N·r→N, k, groups=N)
+    depthwise   C × [N/g, k]            conv(C→C·r, k, groups=C)    conv(C·r→N, 1)
+    linear      1 × [out, in]           Linear(in→r)                Linear(r→out)
 
 A transposed convolution is the adjoint of a convolution, so its factors are the adjoints in
 reverse order: `channel` is 1×1 then transposed k, `decoupled` is a grouped transposed k then 1×1,
