@@ -38,7 +38,7 @@ from rankprune import (
     make_plan,
 )
 from rankprune.export import onnx_difference, with_batch
-from rankprune.factorize import low_rank_layers
+from rankprune.factorize import LowRank, low_rank_layers
 
 EXACT = 1e-5
 
@@ -633,3 +633,79 @@ def test_the_file_is_compared_with_what_is_given(tmp_path: Path) -> None:
         export_onnx(model, path, example_inputs=x, reference=other)
     assert not path.exists()
     assert export_onnx(model, path, example_inputs=x, reference=model) < 1e-5  # type: ignore[operator]
+
+
+# -- separable layers ------------------------------------------------------------------------------
+
+
+class _Between(nn.Module):
+    """Calls the layers of a Sequential one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = nn.Sequential(
+            nn.Conv2d(8, 16, 3, padding=1, groups=8), nn.Conv2d(16, 8, 1, bias=False)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.pair:
+            x = layer(x).relu()
+        return x
+
+
+class _Unbatched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x[0]).relu()
+
+
+class _ReadsItsLayers(nn.Module):
+    """As code that asks a layer for its dtype, its channels, or for an output size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 8, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.conv.in_channels == 8
+        x = self.conv(x.to(self.conv.weight.dtype))
+        return self.up(x, output_size=[16, 16])
+
+
+@pytest.mark.parametrize("scheme", ["decoupled", "depthwise"])
+@pytest.mark.parametrize("kind", [_Between, _Unbatched, _ReadsItsLayers])
+def test_separable_layers_are_exported_however_they_are_called(
+    tmp_path: Path, kind: type[nn.Module], scheme: str
+) -> None:
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(1, 8, 8, 8)
+    plan = make_plan(model, FixedRank(2), scheme=scheme, guard=False)
+    compact = model if kind is _Between else factorize(model, plan)
+    compact.eval()
+    difference = export_onnx(
+        compact, tmp_path / "m.onnx", example_inputs=x, dynamic_batch=kind is not _Unbatched
+    )
+    assert difference is not None
+    assert difference <= EXACT
+
+
+@pytest.mark.parametrize("scheme", ["decoupled", "depthwise"])
+def test_separable_layers_have_one_kernel_a_channel(tmp_path: Path, scheme: str) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    compact = factorize(model, make_plan(model, FixedRank(3), scheme=scheme, guard=False))
+    x = torch.zeros(1, 8, 7, 7)
+    export_onnx(compact, tmp_path / "m.onnx", example_inputs=x)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    shapes = {weight.name: list(weight.dims) for weight in graph.initializer}
+    convs = [node for node in graph.node if node.op_type == "Conv"]
+    groups = [next(a.i for a in node.attribute if a.name == "group") for node in convs]
+    assert sorted(groups) == [1, 24]
+    kernels = next(shapes[node.input[1]] for node, g in zip(convs, groups, strict=True) if g > 1)
+    assert kernels == [24, 1, 3, 3]
+    assert "BatchNormalization" not in {node.op_type for node in graph.node}
+    assert type(compact[0]) is LowRank
+    assert len(compact[0]) == 2

@@ -178,7 +178,7 @@ def test_a_measurement_is_kept(machine: _Machine, tmp_path: Path) -> None:
     first = _table(tmp_path)
     first.measure([REQUEST])
     path = _file(tmp_path)
-    assert path.parent == tmp_path / "latency" / EAGER.fingerprint()
+    assert path.parent == tmp_path / "latency-2" / EAGER.fingerprint()
     document = json.loads(path.read_text())
     assert document["environment"] == EAGER.environment()
     assert document["shape"] == [2, 16]
@@ -308,7 +308,7 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("RANKPRUNE_CACHE", str(tmp_path / "own"))
     assert default_cache() == tmp_path / "own"
     LatencyTable(EAGER).measure([REQUEST])
-    assert _file(tmp_path).is_relative_to(tmp_path / "own" / "latency")
+    assert _file(tmp_path).is_relative_to(tmp_path / "own" / "latency-2")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

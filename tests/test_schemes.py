@@ -364,3 +364,5 @@ def test_choices_have_names_of_their_own() -> None:
         check_scheme(name)
     with pytest.raises(ConfigError, match="did you mean 'separable'"):
         check_scheme("seperable")
+    with pytest.raises(ConfigError, match="unknown scheme '3'"):
+        check_scheme(3)  # type: ignore[arg-type]

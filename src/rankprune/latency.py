@@ -37,6 +37,8 @@ from rankprune.runtimes import Run, Runtime, alternate, fill_randomly
 from rankprune.schemes import SCHEMES
 
 DENSE = "dense"
+# Changes with how runtimes are given a layer: times of another form are not this layer's.
+_FOLDER = "latency-2"
 # Ranks measured of one layer and scheme at most; those between are interpolated.
 _RANKS = 10
 _MAX_ENTRY_BYTES = 2**20
@@ -95,7 +97,7 @@ class LatencyTable:
         self._folder = None
         if cache is None or str(cache):
             folder = default_cache() if cache is None else Path(cache)
-            self._folder = folder / "latency" / self.runtime.fingerprint()
+            self._folder = folder / _FOLDER / self.runtime.fingerprint()
         self._entries: dict[tuple[LayerSpec, tuple[int, ...]], dict[str, float]] = {}
 
     def measure(self, requests: Iterable[Request]) -> None:

@@ -21,25 +21,27 @@ from rankprune.layers import LayerSpec
 
 
 class Repeat(nn.Module):
-    """All channels, and all of them again: [B, C, …] to [B, times · C, …]."""
+    """All channels, and all of them again: [(B), C, …] to [(B), times · C, …]."""
 
-    def __init__(self, times: int) -> None:
+    def __init__(self, times: int, dims: int) -> None:
         super().__init__()
         self.times = times
+        self.axis = -dims - 1  # there may be no batch
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x] * self.times, 1)
+        return torch.cat([x] * self.times, self.axis)
 
 
 class SumOfParts(nn.Module):
-    """[B, parts · N, …] to [B, N, …]: undoes `Repeat`, but adds up."""
+    """[(B), parts · N, …] to [(B), N, …]."""
 
-    def __init__(self, parts: int) -> None:
+    def __init__(self, parts: int, dims: int) -> None:
         super().__init__()
         self.parts = parts
+        self.axis = -dims - 1
 
     def forward(self, x: Tensor) -> Tensor:
-        return functools.reduce(operator.add, x.chunk(self.parts, 1))
+        return functools.reduce(operator.add, x.chunk(self.parts, self.axis))
 
 
 def without_multipliers(model: nn.Module) -> None:
@@ -86,7 +88,7 @@ def unrolled(layers: Sequence[nn.Module]) -> list[nn.Module] | None:
         kernels, shift = _parameters(first)
         mixing, bias = _parameters(second)
         return [
-            Repeat(times),
+            Repeat(times, spec.dims),
             depthwise.build_from(kernels[order], None if shift is None else shift[order]),
             then.build_from(mixing[:, order], bias),
         ]
@@ -101,7 +103,7 @@ def unrolled(layers: Sequence[nn.Module]) -> list[nn.Module] | None:
         return [
             spec.build_from(mixing[order], None if shift is None else shift[order]),
             depthwise.build_from(kernels.flatten(0, 1).unsqueeze(1)[order], bias),
-            SumOfParts(parts),
+            SumOfParts(parts, then.dims),
         ]
     return None
 

@@ -448,8 +448,8 @@ def check_scheme(wanted: str) -> None:
     Raises:
         ConfigError: for an unknown name.
     """
-    if wanted not in CHOICES:
-        get_scheme(wanted)
+    if not isinstance(wanted, str) or wanted not in CHOICES:
+        get_scheme(str(wanted))
 
 
 def applicable(spec: LayerSpec, wanted: str) -> tuple[list[Scheme], str]:
