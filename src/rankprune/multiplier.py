@@ -1,7 +1,7 @@
 """Depthwise convolutions without a channel multiplier, which is the kind that runtimes are fast at.
 
 The depthwise half of a separable layer has r kernels a channel. ONNX Runtime and OpenVINO take that
-for a grouped convolution like any other, and need about twice as long as for r times as many
+for a grouped convolution like any other, and need up to twice as long as for r times as many
 channels with one kernel each. Here the same is said in those terms: the input r times over, or the
 sum of r parts of the output, and the 1×1 convolution beside it with its channels in that order.
 """
