@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import rankprune as rp
 from promise import keeps_promise, trained_on
-from rankprune import engine
+from rankprune import engine, replay
 from rankprune.engine import Job, Projected, project
 from rankprune.linalg import Decomposition
 from rankprune.schemes import SCHEMES, MatrixShape
@@ -195,6 +195,46 @@ def test_the_same_bits_twice() -> None:
         assert one[index].energy == other[index].energy
         for name in ("nearest", "polar", "start"):
             assert torch.equal(getattr(one[index], name), getattr(other[index], name))
+
+
+def test_a_replay_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second projection of the same shapes on, a graph does what the calls did."""
+    shapes = [(16, 27), (64, 576), (64, 1152), (200, 128), (512, 2304)]
+    matrices = [_weight(*shape, seed=i)[None] for i, shape in enumerate(shapes)]
+    matrices.append(_weight(64, 64).repeat(3, 1, 1))
+    cold = [_only(_job(m, 16, polar=True)) for m in matrices]
+
+    def moved(step: int) -> dict[int, Projected]:
+        jobs = [
+            _job(trained_on(m, 0.01, seed=step), 16, start=c.start, polar=i % 2 == 0)
+            for i, (m, c) in enumerate(zip(matrices, cold, strict=True))
+        ]
+        return dict(project(jobs))
+
+    with monkeypatch.context() as without:
+        without.setattr(replay, "MOST_BYTES", 0)
+        expected = [moved(step) for step in range(4)]
+    monkeypatch.setattr(replay, "_own", replay._Own())
+    found = [moved(step) for step in range(4)]
+    (recording,) = replay._own.seen.values()
+    assert recording is not None
+    for one, other in zip(expected, found, strict=True):
+        for index in one:
+            assert one[index].energy == other[index].energy
+            for name in ("nearest", "polar", "start"):
+                first, second = getattr(one[index], name), getattr(other[index], name)
+                assert (first is None and second is None) or torch.equal(first, second)
+
+
+def test_only_the_latest_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "_own", replay._Own())
+    matrix = torch.ones(4, device=GPU)
+    for size in range(2, 5 + replay.KEPT):
+        for _ in range(3):
+            found = replay.replayed(lambda x: x[0] * 2, [matrix[:1].expand(size)], key=size)
+        assert found is not None
+        assert found.tolist() == [2.0] * size
+    assert len(replay._own.seen) == replay.KEPT
 
 
 def test_a_full_rank_polar_factor() -> None:
@@ -376,3 +416,11 @@ def test_wrapped_models(nccl: None, kind: str) -> None:
     ]
     for one, two in zip(weights, expected, strict=True):
         assert (one - two).norm() <= 1e-3 * two.norm()
+
+
+def test_what_waits_for_the_device_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "_own", replay._Own())
+    matrix = torch.ones(4, device=GPU)
+    found = [replay.replayed(lambda x: x[0].sum().item(), [matrix], key=0) for _ in range(3)]
+    assert found == [None] * 3
+    assert (matrix + 1).tolist() == [2.0] * 4

@@ -136,14 +136,14 @@ def test_without_a_gap_another_engine_is_left_to_it(monkeypatch: pytest.MonkeyPa
     gap = matrix_of(30, 50, 1, "gap", 5, 1e-3).float()
     starts = [Decomposition(flat).start(5), Decomposition(gap).start(5)]
     taken: list[list[int]] = []
-    inner = lockstep._round
+    inner = lockstep._read
 
-    def counted(groups: Any) -> Any:
-        states = inner(groups)
+    def counted(groups: Any, looked: Any) -> Any:
+        states = inner(groups, looked)
         taken.append([i for i, state in states.items() if not state.sure])
         return states
 
-    monkeypatch.setattr(lockstep, "_round", counted)
+    monkeypatch.setattr(lockstep, "_read", counted)
     before = flat.clone()
     done, hopeless = project_together([Task(flat, starts[0], False), Task(gap, starts[1], False)])
     assert sorted(done) == [1]

@@ -25,6 +25,7 @@ products.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 from rankprune.linalg import RESIDUAL_PROMISE, ROUNDING, norm
+from rankprune.replay import replayed
 from rankprune.subspace import PROBES, SAFETY, gaussian, newton_schulz
 
 # Rounds, of two products each, before another engine takes over.
@@ -250,12 +252,16 @@ def project_together(tasks: Sequence[Task]) -> tuple[dict[int, Outcome], set[int
     """
     done: dict[int, Outcome] = {}
     states: dict[int, _State] = {}
-    groups = [_Group({i: tasks[i] for i in members}) for members in _alike(tasks)]
-    for _ in range(ROUNDS):
-        states.update(_round(groups))
-        finished = [group for group in groups if any(states[i].sure for i in group.tasks)]
-        if finished:
-            done.update(_finish(finished, states, done))
+    groups, looked, results = _first_round(tasks)
+    for number in range(ROUNDS):
+        if number:
+            looked, results = _round(groups), None
+        states.update(_read(groups, looked))
+        if results is None:
+            finished = [group for group in groups if any(states[i].sure for i in group.tasks)]
+            done.update(_take(tasks, finished, _results(finished), states, done))
+        else:
+            done.update(_take(tasks, groups, results, states, done))
         # what is not sound now will not be later
         settled = {i for i, state in states.items() if not state.sound} | done.keys()
         groups = [group for group in groups if not group.tasks.keys() <= settled]
@@ -283,7 +289,33 @@ class _State:
     faint: bool
 
 
-def _round(groups: Sequence[_Group]) -> dict[int, _State]:
+def _first_round(tasks: Sequence[Task]) -> tuple[list[_Group], Tensor, list[_Result] | None]:
+    """Groups, what a round says of them, and its results where they are there already."""
+    if tasks[0].start.is_cuda:
+        wanted = tuple(task.polar for task in tasks)
+
+        def compute(tensors: Sequence[Tensor]) -> tuple[list[_Group], Tensor, list[_Result]]:
+            own = [Task(*each) for each in zip(tensors[::2], tensors[1::2], wanted, strict=True)]
+            groups = _grouped(own)
+            return groups, _round(groups), _results(groups)
+
+        tensors = [tensor for task in tasks for tensor in (task.matrices, task.start)]
+        found = replayed(compute, tensors, key=wanted)
+        if found is None:
+            return compute(tensors)
+        groups, looked, results = found
+        # further rounds, and what a projection leaves behind, must not touch what is replayed
+        return [copy.copy(g) for g in groups], looked, [result.kept() for result in results]
+    groups = _grouped(tasks)
+    return groups, _round(groups), None
+
+
+def _grouped(tasks: Sequence[Task]) -> list[_Group]:
+    return [_Group({i: tasks[i] for i in members}) for members in _alike(tasks)]
+
+
+def _round(groups: Sequence[_Group]) -> Tensor:
+    """State, kept share of the energy, norm and faintness of each matrix, [4, count]."""
     batch = _Batch(groups)
     total = torch.cat([group.total for group in groups])
     # norms by ‖M‖_F, of Z, of A, of what A has gained, of M - P
@@ -349,12 +381,18 @@ def _round(groups: Sequence[_Group]) -> dict[int, _State]:
     exceeds = batch.exceeds(kept, bound * (1 + gain / allowed)) & (allowed > 0)
     sure = sound & (exceeds | (residual <= ROUNDING))
     state = torch.where(sure, _SURE, torch.where(sound, _SOUND, _UNSOUND))
-    looked = torch.stack([state, 1 - residual.square(), total, faintest]).tolist()
+    return torch.stack([state, 1 - residual.square(), total, faintest])
+
+
+def _read(groups: Sequence[_Group], looked: Tensor) -> dict[int, _State]:
+    """What a round says, by task; waits for a GPU."""
     found: dict[int, _State] = {}
+    values, first = looked.tolist(), 0
     for group in groups:
-        here = [values[batch.places[id(group)]] for values in looked]
+        here = [row[first : first + group.count] for row in values]
+        first += group.count
         for i, place in group.places.items():
-            states, energies, norms, faint = (values[place] for values in here)
+            states, energies, norms, faint = (row[place] for row in here)
             whole = sum(size * size for size in norms)
             share = sum(e * size * size for e, size in zip(energies, norms, strict=True))
             found[i] = _State(
@@ -366,17 +404,32 @@ def _round(groups: Sequence[_Group]) -> dict[int, _State]:
     return found
 
 
-def _finish(
-    groups: Sequence[_Group], states: dict[int, _State], done: dict[int, Outcome]
-) -> dict[int, Outcome]:
-    """What is sure of some groups, and not done before."""
-    found: dict[int, Outcome] = {}
+@dataclass(frozen=True)
+class _Result:
+    """Of a group, sure or not.
+
+    Attributes:
+        near: P, [count, small, large]; may be in the matrices' place.
+        start: for the next projection, [count, small, rank].
+        polar: U Vᵀ, [count, small, large], unless a direction is faint; None where nobody wants it.
+    """
+
+    near: Tensor
+    start: Tensor
+    polar: Tensor | None
+
+    def kept(self) -> _Result:
+        """With a memory of its own for what a projection leaves behind."""
+        polar = None if self.polar is None else self.polar.clone()
+        return _Result(self.near, self.start.clone(), polar)
+
+
+def _results(groups: Sequence[_Group]) -> list[_Result]:
+    found = []
     batch = roots = None
     if any(task.polar for group in groups for task in group.tasks.values()):
         batch = _Batch(groups)
         roots = batch.inverse_roots(batch.grams([group.factor for group in groups]))
-    targets: list[Tensor] = []
-    sources: list[Tensor] = []
     for group in groups:
         turn = group.turn
         if batch is not None and roots is not None:
@@ -388,19 +441,35 @@ def _finish(
         if any(task.polar for task in group.tasks.values()):
             polar = torch.bmm(turned.mT, group.factor)
         near = group.nearest() if group.near is None else group.near
-        for i, task in group.tasks.items():
+        found.append(_Result(near, start, polar))
+    return found
+
+
+def _take(
+    tasks: Sequence[Task],
+    groups: Sequence[_Group],
+    results: Sequence[_Result],
+    states: dict[int, _State],
+    done: dict[int, Outcome],
+) -> dict[int, Outcome]:
+    """What is sure of some groups, and not done before, put into its place."""
+    found: dict[int, Outcome] = {}
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    for group, result in zip(groups, results, strict=True):
+        for i, place in group.places.items():
             if not states[i].sure or i in done:
                 continue
-            place, own = group.places[i], None
-            if polar is not None and task.polar:
-                own = polar[place]
+            task, own = tasks[i], None
+            if result.polar is not None and task.polar:
+                own = result.polar[place]
                 if states[i].faint:
                     own = group.left[place].mT @ newton_schulz(group.factor[place])
                 own = task.orient(own[..., : task.large]).to(task.matrices.dtype)
-            found[i] = Outcome(states[i].energy, own, start[place])
-            if near is not group.matrices:
+            found[i] = Outcome(states[i].energy, own, result.start[place])
+            if result.near is not group.matrices:
                 targets.append(task.matrices)
-                sources.append(task.orient(near[place, :, : task.large]))
+                sources.append(task.orient(result.near[place, :, : task.large]))
     if targets:
         torch._foreach_copy_(targets, sources)
     return found

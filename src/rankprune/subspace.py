@@ -23,7 +23,7 @@ take over there.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -368,7 +368,7 @@ def _inverse_root(gram: Tensor, zero: float) -> Tensor:
     return (vectors * scale.unsqueeze(-2)) @ vectors.mT
 
 
-@lru_cache(maxsize=256)
+@cache  # graphs read it
 def gaussian(rows: int, device: torch.device) -> Tensor:
     """Gaussian vectors, the same on every device: [rows, PROBES], fp32."""
     return _normal(rows, PROBES, torch.Generator("cpu").manual_seed(rows)).to(device)

@@ -6,9 +6,11 @@ from functools import partial
 
 import torch
 from case import Case, Method
+from torch import Tensor
 
 import rankprune as rp
 from methods.ours import by_outputs, ours
+from rankprune.recipes.teacher import Teacher
 
 
 def by_energy(case: Case, scheme: str) -> rp.Plan:
@@ -43,6 +45,27 @@ def transfer_energy(controller: rp.Controller) -> None:
     controller.project = project  # type: ignore[method-assign]
 
 
+class CutMix(Teacher):
+    """Puts a piece of another image into each instead (Yun et al. 2019, arXiv 1905.04899)."""
+
+    def mixed(self, inputs: Tensor, shares: Tensor) -> Tensor:
+        count, _, height, width = inputs.shape
+        numbers = torch.arange(count, device=inputs.device)
+        size = shares.sqrt()  # of the piece's sides
+        # places spread evenly (Roberts' sequence); the order of a batch is random as it is
+        top, left = (
+            numbers * 0.7548776662 % 1 * (1 - size),
+            numbers * 0.5698402910 % 1 * (1 - size),
+        )
+        rows, columns = (
+            ((torch.arange(n, device=inputs.device) + 0.5) / n - start[:, None]).div(size[:, None])
+            for n, start in ((height, top), (width, left))
+        )
+        inside = [(x >= 0) & (x < 1) for x in (rows, columns)]
+        piece = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+        return torch.where(piece, inputs.roll(1, 0), inputs)
+
+
 METHODS: dict[str, Method] = {
     "ours-without-tail": partial(ours, tail=0.0),
     "ours-tail-0.25": partial(ours, tail=0.25),
@@ -59,6 +82,12 @@ METHODS: dict[str, Method] = {
     "ours-answers-1": partial(ours, answers=1.0),
     "ours-temperature-2": partial(ours, temperature=2.0),
     "ours-decay-products": partial(ours, decay_products=True),
+    "ours-mix-0.2": partial(ours, mix=0.2),
+    "ours-mix-0.5": partial(ours, mix=0.5),
+    "ours-mix-0.5-answers-1": partial(ours, mix=0.5, answers=1.0),
+    "ours-cutmix-0.2": partial(ours, mix=0.2, teacher=CutMix),
+    "ours-cutmix-0.5": partial(ours, mix=0.5, teacher=CutMix),
+    "ours-cutmix-0.5-answers-1": partial(ours, mix=0.5, answers=1.0, teacher=CutMix),
     "ours-match-10": partial(ours, match=10.0),
     "ours-by-energy": partial(ours, plan=by_energy),
     "ours-by-outputs": partial(ours, plan=by_outputs),
