@@ -271,3 +271,71 @@ def test_waves_hold_similar_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(waves) == 2
     assert 100 in waves[0]
     assert len(waves[0]) < 20
+
+
+class _Replayed:
+    """What a graph does: the calls of the first time, on other numbers in the same places."""
+
+    def __init__(self) -> None:
+        self.recorded: dict[Any, tuple[list[Tensor], Any, Any]] = {}
+        self.replays = 0
+
+    def __call__(self, compute: Any, tensors: list[Tensor], *, key: Any) -> Any:
+        key = (key, *(tensor.shape for tensor in tensors))
+        if key not in self.recorded:
+            places = [tensor.clone() for tensor in tensors]
+            self.recorded[key] = places, compute(places), compute
+            return None
+        places, result, compute = self.recorded[key]
+        torch._foreach_copy_(places, [tensor.clone() for tensor in tensors])
+        groups, looked, results = compute(places)
+        old_groups, old_looked, old_results = result
+        old_looked.copy_(looked)
+        for old, new in zip(old_groups, groups, strict=True):
+            for name in ("matrices", "factor", "total", "left"):
+                getattr(old, name).copy_(getattr(new, name))
+        for old, new in zip(old_results, results, strict=True):
+            old.near.copy_(new.near)
+            old.start.copy_(new.start)
+            if old.polar is not None:
+                old.polar.copy_(new.polar)
+        self.replays += 1
+        return result
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_replayed_rounds(monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
+    """As on a GPU: nothing of one projection is left in the next one's result."""
+    replays = _Replayed()
+    monkeypatch.setattr(lockstep, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(lockstep, "replayed", replays)
+    monkeypatch.setattr(lockstep, "_WHOLE", 2**24 if whole else 0)
+    starts: list[Tensor] = []
+    kept: list[tuple[Tensor, Tensor]] = []
+    for step in range(4):
+        # the last two need several rounds, and one never has a gap
+        matrices = [
+            matrix_of(30, 50, 1, "gap", 5, 1e-3, seed=step).float(),
+            matrix_of(30, 70, 2, "gap", 5, 1e-3, seed=step).float(),
+            trained_on(matrix_of(100, 120, 1, "gap", 6, 0.1).float(), 1.0, seed=step),
+            matrix_of(30, 50, 1, "flat").float(),
+        ]
+        if not starts:
+            starts = [
+                Decomposition(trained_on(m, 1.0)).start(r)
+                for m, r in zip(matrices, (5, 5, 6, 5), strict=True)
+            ]
+        before = [matrix.clone() for matrix in matrices]
+        tasks = [Task(m, s, True) for m, s in zip(matrices, starts, strict=True)]
+        done, _ = project_together(tasks)
+        assert sorted(done) == [0, 1, 2]
+        assert torch.equal(matrices[3], before[3])
+        for index, rank in enumerate((5, 5, 6)):
+            keeps_promise(before[index], rank, matrices[index])
+            polar = done[index].polar
+            assert polar is not None
+            kept.append((polar, polar.clone()))
+            starts[index] = done[index].start
+            kept.append((starts[index], starts[index].clone()))
+    assert replays.replays > (4 if whole else 2)
+    assert all(torch.equal(tensor, copied) for tensor, copied in kept)

@@ -13,7 +13,7 @@ from loop import Loss, Training, calibration, labels_only, train
 from torch import Tensor, nn
 
 import rankprune as rp
-from rankprune.recipes.config import MIX, SOFT
+from rankprune.recipes.config import SOFT
 from rankprune.recipes.teacher import TEMPERATURE, Teacher
 
 
@@ -61,11 +61,10 @@ class Case:
         match: float = 0.0,
         answers: float = SOFT,
         temperature: float = TEMPERATURE,
-        mix: float = MIX,
         kind: type[Teacher] = Teacher,
     ) -> Loss:
         """Learning from the dense network's answers, and from its blocks' outputs."""
-        teacher = kind(self.dense(), soft=answers, match=match, temperature=temperature, mix=mix)
+        teacher = kind(self.dense(), soft=answers, match=match, temperature=temperature)
         return lambda model, images, labels: teacher(model, images, labels)[0]
 
     def plan(self, scheme: str, stats: rp.Stats | None = None) -> rp.Plan:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rankprune.factorize import LowRank, low_rank_layers
-from rankprune.replay import capturing
 
 #: Images, labels and the model to the loss.
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -178,8 +177,7 @@ def _captured(compute: Pass, model: nn.Module, images: Tensor, labels: Tensor) -
         for _ in range(3):  # libraries choose their algorithms and workspaces
             compute(images, labels)
     stream.synchronize()
-    # other threads train on, but must not capture as well
-    with capturing, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream):
         value = compute(images, labels)
     torch.cuda.current_stream().wait_stream(stream)
     with torch.no_grad():  # BatchNorm's statistics have seen the batch too often

@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -151,16 +151,8 @@ def _make_in_worker(row: Row) -> dict[str, Any]:
     return row.make(_worker["data"])
 
 
-def _make_in_stream(row: Row, data: Cifar) -> dict[str, Any]:
-    with torch.cuda.stream(torch.cuda.Stream()):
-        return row.make(data)
-
-
 def made(rows: list[Row], args: argparse.Namespace) -> Iterator[tuple[Row, Future[dict[str, Any]]]]:
-    """Rows as they are done: one after the other here, or several at a time.
-
-    On a GPU they share it as threads, each with a stream: processes would take turns.
-    """
+    """Rows as they are done: one after the other here, or several at a time in processes."""
     if args.jobs == 1:
         data = prepared(args)
         for row in rows:
@@ -170,16 +162,6 @@ def made(rows: list[Row], args: argparse.Namespace) -> Iterator[tuple[Row, Futur
             except Exception as error:  # the other rows go on
                 future.set_exception(error)
             yield row, future
-        return
-    if args.device.type == "cuda":
-        data = prepared(args)
-        next(data.train.batches())  # what is kept for all threads is there
-        torch.cuda.synchronize()
-        sys.setswitchinterval(2e-4)  # a step takes little longer than the usual 5 ms
-        with ThreadPoolExecutor(args.jobs) as threads:
-            pending = {threads.submit(_make_in_stream, row, data): row for row in rows}
-            for future in as_completed(pending):
-                yield pending[future], future
         return
     with ProcessPoolExecutor(
         args.jobs, mp_context=get_context("spawn"), initializer=_prepare_worker, initargs=(args,)
@@ -209,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="keep a row's weights, as .safetensors")
     parser.add_argument("--grid", type=Path, help="options for rows, a line each; # and $NAME work")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--jobs", type=int, default=1, help="rows at a time (a GPU: threads)")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time, each in a process")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser
 

@@ -26,7 +26,7 @@ products.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,9 @@ _FILLED, _LITTLE = 2, 2**20
 _LITTLE_ON_CPU = 2**16
 # On a CPU matrices of so many entries gain less by a stack than copying them costs.
 _STACKED = 2**18
+# On a GPU all matrices go on while one is open if they have no more entries: replaying a round for
+# all takes less time than calling it for some.
+_WHOLE = 2**24
 # Larger factors than this are decomposed one by one: batched routines are made for small ones.
 _BATCHED_SIDE = 256
 # The polar factor is found from the factor's Gram matrix where no direction is fainter than this.
@@ -82,6 +85,10 @@ class Task:
     @property
     def rank(self) -> int:
         return self.start.shape[-1]
+
+    @property
+    def entries(self) -> int:
+        return self.matrices.numel()
 
     def orient(self, matrices: Tensor) -> Tensor:
         """Smaller side first, and back."""
@@ -149,10 +156,12 @@ class _Group:
         self.rows = both[:, : self.rank]
         self.images: Tensor | None = both[:, self.rank :]
 
-    def go_on(self) -> None:
-        """Begin another round, which finds η anew: the last one has lessened it."""
-        self.rows, self.near = self.factor, None
-        self.images = torch.bmm(self._sketch().mT, self.matrices)
+    def again(self, matrices: Tensor, factor: Tensor, total: Tensor) -> _Group:
+        """At the beginning of another round, which finds η anew: the last one has lessened it."""
+        other = copy.copy(self)
+        other.matrices, other.rows, other.total, other.near = matrices, factor, total, None
+        other.images = torch.bmm(other._sketch().mT, matrices)
+        return other
 
     def _sketch(self) -> Tensor:
         return gaussian(self.small, self.total.device) / self.total[:, None, None]
@@ -252,10 +261,9 @@ def project_together(tasks: Sequence[Task]) -> tuple[dict[int, Outcome], set[int
     """
     done: dict[int, Outcome] = {}
     states: dict[int, _State] = {}
+    whole = _on_gpu(tasks[0].start) and sum(task.entries for task in tasks) <= _WHOLE
     groups, looked, results = _first_round(tasks)
-    for number in range(ROUNDS):
-        if number:
-            looked, results = _round(groups), None
+    for number in range(1, ROUNDS + 1):
         states.update(_read(groups, looked))
         if results is None:
             finished = [group for group in groups if any(states[i].sure for i in group.tasks)]
@@ -264,11 +272,11 @@ def project_together(tasks: Sequence[Task]) -> tuple[dict[int, Outcome], set[int
             done.update(_take(tasks, groups, results, states, done))
         # what is not sound now will not be later
         settled = {i for i, state in states.items() if not state.sound} | done.keys()
-        groups = [group for group in groups if not group.tasks.keys() <= settled]
-        if not groups:
+        if number == ROUNDS or states.keys() <= settled:
             break
-        for group in groups:
-            group.go_on()
+        if not whole:
+            groups = [group for group in groups if not group.tasks.keys() <= settled]
+        groups, looked, results = _further_round(groups, whole)
     return done, {i for i, state in states.items() if state.sound and i not in done}
 
 
@@ -289,25 +297,56 @@ class _State:
     faint: bool
 
 
-def _first_round(tasks: Sequence[Task]) -> tuple[list[_Group], Tensor, list[_Result] | None]:
-    """Groups, what a round says of them, and its results where they are there already."""
-    if tasks[0].start.is_cuda:
-        wanted = tuple(task.polar for task in tasks)
+#: Groups, what a round says of them, and its results where they are there already.
+_Round = tuple[list["_Group"], Tensor, "list[_Result] | None"]
 
-        def compute(tensors: Sequence[Tensor]) -> tuple[list[_Group], Tensor, list[_Result]]:
-            own = [Task(*each) for each in zip(tensors[::2], tensors[1::2], wanted, strict=True)]
-            groups = _grouped(own)
-            return groups, _round(groups), _results(groups)
 
-        tensors = [tensor for task in tasks for tensor in (task.matrices, task.start)]
-        found = replayed(compute, tensors, key=wanted)
-        if found is None:
-            return compute(tensors)
-        groups, looked, results = found
-        # further rounds, and what a projection leaves behind, must not touch what is replayed
-        return [copy.copy(g) for g in groups], looked, [result.kept() for result in results]
-    groups = _grouped(tasks)
-    return groups, _round(groups), None
+def _first_round(tasks: Sequence[Task]) -> _Round:
+    if not _on_gpu(tasks[0].start):
+        groups = _grouped(tasks)
+        return groups, _round(groups), None
+    wanted = tuple(task.polar for task in tasks)
+
+    def compute(tensors: Sequence[Tensor]) -> _Round:
+        own = [Task(*each) for each in zip(tensors[::2], tensors[1::2], wanted, strict=True)]
+        groups = _grouped(own)
+        return groups, _round(groups), _results(groups)
+
+    tensors = [tensor for task in tasks for tensor in (task.matrices, task.start)]
+    return _by_graph(compute, tensors, ("first", wanted))
+
+
+def _further_round(groups: Sequence[_Group], whole: bool) -> _Round:
+    tensors = [tensor for g in groups for tensor in (g.matrices, g.factor, g.total)]
+
+    def begun(tensors: Sequence[Tensor]) -> list[_Group]:
+        each = zip(groups, tensors[::3], tensors[1::3], tensors[2::3], strict=True)
+        return [group.again(*own) for group, *own in each]
+
+    def compute(tensors: Sequence[Tensor]) -> _Round:
+        others = begun(tensors)
+        return others, _round(others), _results(others)
+
+    if whole:
+        wanted = tuple(task.polar for group in groups for task in group.tasks.values())
+        return _by_graph(compute, tensors, ("further", wanted))
+    others = begun(tensors)
+    return others, _round(others), None
+
+
+def _by_graph(
+    compute: Callable[[Sequence[Tensor]], _Round], tensors: Sequence[Tensor], key: Hashable
+) -> _Round:
+    found = replayed(compute, tensors, key=key)
+    if found is None:
+        return compute(tensors)
+    groups, looked, results = found
+    # what a projection leaves behind must outlast the next replay
+    return groups, looked, [result.kept() for result in results]
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def _grouped(tasks: Sequence[Task]) -> list[_Group]:
@@ -364,7 +403,7 @@ def _round(groups: Sequence[_Group]) -> Tensor:
             coupled = torch.bmm(probes.mT.expand(group.count, -1, -1), coupled)
         gained[place] = norm(batch.beyond(group, metric, coupled))
         lost = 1 - after[place].square()
-        if lost.is_cpu and bool((lost > _LARGE).all()):
+        if not _on_gpu(lost) and bool((lost > _LARGE).all()):
             residual[place] = lost.sqrt()
         else:  # do not wait for a GPU to know
             group.near = torch.bmm(group.left.mT * own, group.factor)
@@ -482,7 +521,7 @@ def _alike(tasks: Sequence[Task]) -> list[list[int]]:
         range(len(tasks)), key=lambda i: (tasks[i].small, tasks[i].rank, -tasks[i].large)
     )
     used = stored = 0
-    filled, little = (_FILLED, _LITTLE) if tasks[0].start.is_cuda else (1, _LITTLE_ON_CPU)
+    filled, little = (_FILLED, _LITTLE) if _on_gpu(tasks[0].start) else (1, _LITTLE_ON_CPU)
     for i in order:
         task = tasks[i]
         head = tasks[alike[-1][0]] if alike else task

@@ -19,10 +19,9 @@ from torch import Tensor
 # Larger tensors take longer than their calls, and a graph keeps all that it computes.
 MOST_BYTES = 128 * 2**20
 # Graphs that a thread keeps: ranks that have been left do not come back.
-KEPT = 4
+KEPT = 8
 
-#: To be held while a graph is captured: no other thread may begin to, or wait for the device.
-capturing = threading.Lock()
+_capturing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def _record(
     stream = _own.streams.setdefault(device, torch.cuda.Stream(device))
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
-    with capturing, torch.cuda.stream(stream):
+    with _capturing, torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             result = compute(places)

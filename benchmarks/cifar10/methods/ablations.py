@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from case import Case, Method
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 import rankprune as rp
 from methods.ours import by_outputs, ours
@@ -45,23 +47,38 @@ def transfer_energy(controller: rp.Controller) -> None:
     controller.project = project  # type: ignore[method-assign]
 
 
-class CutMix(Teacher):
+class MixUp(Teacher):
+    """Asks the dense network about mixtures of two images (Zhang et al. 2018, arXiv 1710.09412).
+
+    Its answers to images that it knows by heart might teach less than those to mixtures (Beyer et
+    al. 2022, arXiv 2106.05237).
+    """
+
+    def __call__(
+        self, student: nn.Module, inputs: Tensor, labels: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        # a batch comes in random order, so that nothing needs to be drawn
+        shares = 0.5 * (torch.arange(len(inputs), device=inputs.device) + 0.5) / len(inputs)
+        classes = functional.one_hot(labels, 10).float()
+        mixed = classes.lerp(classes.roll(1, 0), shares[:, None])
+        return super().__call__(student, self.mixed(inputs, shares), mixed, **options)
+
+    def mixed(self, inputs: Tensor, shares: Tensor) -> Tensor:
+        """Inputs [B, ...], each with a share [B] of the one before it."""
+        return inputs.lerp(inputs.roll(1, 0), shares.view(-1, 1, 1, 1))
+
+
+class CutMix(MixUp):
     """Puts a piece of another image into each instead (Yun et al. 2019, arXiv 1905.04899)."""
 
     def mixed(self, inputs: Tensor, shares: Tensor) -> Tensor:
-        count, _, height, width = inputs.shape
-        numbers = torch.arange(count, device=inputs.device)
-        size = shares.sqrt()  # of the piece's sides
-        # places spread evenly (Roberts' sequence); the order of a batch is random as it is
-        top, left = (
-            numbers * 0.7548776662 % 1 * (1 - size),
-            numbers * 0.5698402910 % 1 * (1 - size),
-        )
-        rows, columns = (
-            ((torch.arange(n, device=inputs.device) + 0.5) / n - start[:, None]).div(size[:, None])
-            for n, start in ((height, top), (width, left))
-        )
-        inside = [(x >= 0) & (x < 1) for x in (rows, columns)]
+        sides, numbers = shares.sqrt(), torch.arange(len(inputs), device=inputs.device)
+        inside = []
+        # places spread evenly (Roberts' sequence)
+        for length, step in zip(inputs.shape[2:], (0.7548776662, 0.5698402910), strict=True):
+            start = numbers * step % 1 * (1 - sides)
+            place = (torch.arange(length, device=inputs.device) + 0.5) / length - start[:, None]
+            inside.append((place >= 0) & (place < sides[:, None]))
         piece = inside[0][:, None, :, None] & inside[1][:, None, None, :]
         return torch.where(piece, inputs.roll(1, 0), inputs)
 
@@ -82,12 +99,8 @@ METHODS: dict[str, Method] = {
     "ours-answers-1": partial(ours, answers=1.0),
     "ours-temperature-2": partial(ours, temperature=2.0),
     "ours-decay-products": partial(ours, decay_products=True),
-    "ours-mix-0.2": partial(ours, mix=0.2),
-    "ours-mix-0.5": partial(ours, mix=0.5),
-    "ours-mix-0.5-answers-1": partial(ours, mix=0.5, answers=1.0),
-    "ours-cutmix-0.2": partial(ours, mix=0.2, teacher=CutMix),
-    "ours-cutmix-0.5": partial(ours, mix=0.5, teacher=CutMix),
-    "ours-cutmix-0.5-answers-1": partial(ours, mix=0.5, answers=1.0, teacher=CutMix),
+    "ours-mixup": partial(ours, teacher=MixUp),
+    "ours-cutmix": partial(ours, teacher=CutMix),
     "ours-match-10": partial(ours, match=10.0),
     "ours-by-energy": partial(ours, plan=by_energy),
     "ours-by-outputs": partial(ours, plan=by_outputs),

@@ -12,20 +12,14 @@ from rankprune.recipes.config import MATCH
 
 
 def fine_tuned(
-    case: Case,
-    *,
-    scheme: str,
-    soft: bool = False,
-    match: float = 0.0,
-    mix: float = 0.0,
-    aware: bool = False,
+    case: Case, *, scheme: str, soft: bool = False, match: float = 0.0, aware: bool = False
 ) -> Result:
     """`soft` learns from the dense network's answers too, `match` from its blocks' outputs.
 
     `aware` chooses ranks by the errors of the layers' outputs.
     """
     compact = decompose(case, by_outputs(case, scheme) if aware else case.plan(scheme), bn=True)
-    loss = case.taught(match, mix=mix) if soft else labels_only
+    loss = case.taught(match) if soft else labels_only
     train(compact, case.data, case.training, loss=loss)
     return Result(compact)
 
@@ -38,7 +32,6 @@ METHODS: dict[str, Method] = {
     "svd-fine-tuned-auto": partial(fine_tuned, scheme="auto"),
     "svd-distilled-auto": partial(fine_tuned, scheme="auto", soft=True),
     "svd-matched-auto": partial(fine_tuned, scheme="auto", soft=True, match=MATCH),
-    "svd-mixed-auto": partial(fine_tuned, scheme="auto", soft=True, match=MATCH, mix=0.5),
     "svd-fine-tuned-separable": partial(fine_tuned, scheme="separable"),
     "svd-distilled-separable": partial(fine_tuned, scheme="separable", soft=True),
     "svd-matched-separable": partial(fine_tuned, scheme="separable", soft=True, match=MATCH),

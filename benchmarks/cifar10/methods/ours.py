@@ -8,7 +8,7 @@ from case import Case, Method, Result, train_low_rank
 from loop import labels_only, train
 
 import rankprune as rp
-from rankprune.recipes.config import MATCH, MIX, SOFT, TrainConfig
+from rankprune.recipes.config import MATCH, SOFT, TrainConfig
 from rankprune.recipes.teacher import TEMPERATURE, Teacher
 
 DEFAULT = TrainConfig.model_fields
@@ -33,7 +33,6 @@ def ours(
     after_attach: Callable[[rp.Controller], None] | None = None,
     answers: float = SOFT,
     temperature: float = TEMPERATURE,
-    mix: float = MIX,
     teacher: type[Teacher] = Teacher,
     decay_products: bool = False,
 ) -> Result:
@@ -53,13 +52,10 @@ def ours(
         answers: weight of the dense network's answers beside the labels'; without them and `match`
             there is no teacher.
         temperature: of those answers.
-        mix: largest share of another image in each, as the dense network is asked.
-        teacher: what mixes.
+        teacher: what makes the loss of them.
         decay_products: weight decay of the factors' products at the end, not of the factors.
     """
-    loss = (
-        case.taught(match, answers, temperature, mix, teacher) if answers or match else labels_only
-    )
+    loss = case.taught(match, answers, temperature, teacher) if answers or match else labels_only
     fixed = None if plan is None else plan(case, scheme)
 
     def options(steps: int) -> rp.TRP:

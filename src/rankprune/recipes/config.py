@@ -20,8 +20,6 @@ from rankprune.schemes import check_scheme
 _MAX_CONFIG_BYTES = 2**20
 # Weights of a dense network's answers and blocks, where there is one to learn from.
 SOFT, MATCH = 0.9, 3.0
-# And how much images are mixed then.
-MIX = 0.0
 
 
 class TrainConfig(BaseModel):

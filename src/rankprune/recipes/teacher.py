@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankprune.recipes.config import MATCH, MIX, SOFT
+from rankprune.recipes.config import MATCH, SOFT
 from rankprune.recipes.distill import match_logits
 from rankprune.survey import survey
 
@@ -27,10 +27,6 @@ class Teacher:
         match: weight of the blocks' relative squared errors, averaged over blocks (Romero et al.
             2015, arXiv 1412.6550; no regressors, for the student's blocks have the same shapes).
         temperature: of the answers (Hinton et al. 2015, arXiv 1503.02531).
-        mix: largest share of another image that is mixed into each (Zhang et al. 2018, arXiv
-            1710.09412): 0.5 makes all mixtures of two, 0 none. What the dense network answers to
-            images that it knows by heart teaches less than what it answers to mixtures (Beyer et
-            al. 2022, arXiv 2106.05237).
 
     Example:
         >>> import copy
@@ -51,10 +47,9 @@ class Teacher:
         soft: float = SOFT,
         match: float = MATCH,
         temperature: float = TEMPERATURE,
-        mix: float = MIX,
     ) -> None:
         self.model = model.eval()
-        self.soft, self.match, self.temperature, self.mix = soft, match, temperature, mix
+        self.soft, self.match, self.temperature = soft, match, temperature
         self.blocks = blocks(model) if match else []
 
     def __call__(
@@ -66,7 +61,7 @@ class Teacher:
         label_smoothing: float = 0.0,
         bare: nn.Module | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The loss, and the student's logits (of mixtures, with `mix`).
+        """The loss, and the student's logits.
 
         Args:
             student: what is called; may be wrapped.
@@ -75,32 +70,17 @@ class Teacher:
             label_smoothing: of the labels' part.
             bare: the student without its wrappers, in which the blocks have their names.
         """
-        # a batch comes in random order, so nothing needs to be drawn
-        shares = (torch.arange(len(inputs), device=inputs.device) + 0.5) * self.mix / len(inputs)
-        if self.mix:
-            inputs = self.mixed(inputs, shares)
         with torch.no_grad(), _outputs(self.model, self.blocks) as theirs:
             answers = self.model(inputs)
         with _outputs(student if bare is None else bare, self.blocks) as ours:
             logits = student(inputs)
-        entropy = partial(
-            nn.functional.cross_entropy, logits.float(), label_smoothing=label_smoothing
-        )
-        if self.mix:
-            both = entropy(labels, reduction="none"), entropy(labels.roll(1), reduction="none")
-            hard = torch.lerp(*both, shares).mean()
-        else:
-            hard = entropy(labels)
+        hard = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
         distance = match_logits(logits, answers, None, temperature=self.temperature)
         loss = (1 - self.soft) * hard + self.soft * distance
         if theirs:
             errors = [_relative_error(ours[name], theirs[name]) for name in theirs]
             loss = loss + self.match * torch.stack(errors).mean()
         return loss, logits
-
-    def mixed(self, inputs: Tensor, shares: Tensor) -> Tensor:
-        """Inputs [B, ...], each with a share [B] of the one before it."""
-        return inputs.lerp(inputs.roll(1, 0), shares.view(-1, *[1] * (inputs.ndim - 1)))
 
 
 def blocks(model: nn.Module) -> list[str]:
