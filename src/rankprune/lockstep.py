@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from rankprune.linalg import RESIDUAL_PROMISE, ROUNDING, norm
-from rankprune.replay import replayed
+from rankprune.replay import beside, replayed
 from rankprune.subspace import PROBES, SAFETY, gaussian, newton_schulz
 
 # Rounds, of two products each, before another engine takes over.
@@ -196,7 +196,7 @@ class _Batch:
     def grams(self, factors: Sequence[Tensor]) -> Tensor:
         """F Fᵀ of a factor [count, rank, any] for each group."""
         grams = self.identity.clone()
-        for group, factor in zip(self.groups, factors, strict=True):
+        for group, factor in beside(zip(self.groups, factors, strict=True)):
             torch.bmm(factor, factor.mT, out=self.of(grams, group))
         return grams
 
@@ -321,7 +321,7 @@ def _further_round(groups: Sequence[_Group], whole: bool) -> _Round:
 
     def begun(tensors: Sequence[Tensor]) -> list[_Group]:
         each = zip(groups, tensors[::3], tensors[1::3], tensors[2::3], strict=True)
-        return [group.again(*own) for group, *own in each]
+        return [group.again(*own) for group, *own in beside(each)]
 
     def compute(tensors: Sequence[Tensor]) -> _Round:
         others = begun(tensors)
@@ -350,7 +350,7 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 
 def _grouped(tasks: Sequence[Task]) -> list[_Group]:
-    return [_Group({i: tasks[i] for i in members}) for members in _alike(tasks)]
+    return [_Group({i: tasks[i] for i in members}) for members in beside(_alike(tasks))]
 
 
 def _round(groups: Sequence[_Group]) -> Tensor:
@@ -367,7 +367,7 @@ def _round(groups: Sequence[_Group]) -> Tensor:
     metric = torch.bmm(inverse.mT, inverse)
     inverse = inverse / total[:, None, None]
     left: list[Tensor] = []  # Zᵀ, then U
-    for group in groups:
+    for group in beside(groups):
         both = group.rows
         if group.images is not None:
             both = torch.cat([both, batch.beyond(group, metric, group.images)], 1)
@@ -380,14 +380,14 @@ def _round(groups: Sequence[_Group]) -> Tensor:
     lower, positive = batch.cholesky(kept)
     faintest = lower.diagonal(dim1=-2, dim2=-1).amin(-1)
     inverse = batch.inverse(lower)
-    for index, group in enumerate(groups):
+    for index, group in beside(enumerate(groups)):
         left[index] = torch.bmm(batch.of(inverse, group), left[index])
         group.turn = batch.of(inverse, group).mT
     # one Cholesky QR is as wrong as Z's condition squared; a step of Newton–Schulz squares that
     overlap = batch.grams(left)
     wrong = torch.linalg.matrix_norm(overlap - batch.identity)
     polish = 1.5 * batch.identity - 0.5 * overlap
-    for index, group in enumerate(groups):
+    for index, group in beside(enumerate(groups)):
         place, own = batch.places[id(group)], group.total[:, None, None]
         group.left = torch.bmm(batch.of(polish, group), left[index])
         both = group.left if group.images is None else torch.cat([group.left, group.images], 1)
@@ -469,7 +469,7 @@ def _results(groups: Sequence[_Group]) -> list[_Result]:
     if any(task.polar for group in groups for task in group.tasks.values()):
         batch = _Batch(groups)
         roots = batch.inverse_roots(batch.grams([group.factor for group in groups]))
-    for group in groups:
+    for group in beside(groups):
         turn = group.turn
         if batch is not None and roots is not None:
             turn = batch.of(roots, group)

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import cycle
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 # Larger tensors take longer than their calls, and a graph keeps all that it computes.
 MOST_BYTES = 128 * 2**20
+# What a graph may do at a time.
+BRANCHES = 3
 # Graphs that a thread keeps: ranks that have been left do not come back.
 KEPT = 8
 
+T = TypeVar("T")
 _capturing = threading.Lock()
 
 
@@ -39,12 +43,20 @@ class _Recording:
 
 
 class _Own(threading.local):
-    """What a thread has seen: recordings, or None before the second time and where none can be."""
+    """What a thread has seen: recordings, or None before the second time and where none can be.
+
+    And its streams to record in, few, for what libraries allocate for a stream is never freed.
+    """
 
     def __init__(self) -> None:
         self.seen: OrderedDict[Hashable, _Recording | None] = OrderedDict()
         self.tried: set[Hashable] = set()
-        self.streams: dict[torch.device, torch.cuda.Stream] = {}
+        self.streams: dict[torch.device, list[torch.cuda.Stream]] = {}
+
+    def on(self, device: torch.device) -> list[torch.cuda.Stream]:
+        if device not in self.streams:
+            self.streams[device] = [torch.cuda.Stream(device) for _ in range(1 + BRANCHES)]
+        return self.streams[device]
 
 
 _own = _Own()
@@ -83,14 +95,34 @@ def replayed(
     return None if recording is None else recording.replay(tensors)
 
 
+def beside(items: Iterable[T]) -> Iterator[T]:
+    """What a loop does for each item, without need of the others: a recording does it side by side.
+
+    Tensors of an item may be used in another such loop for the item in the same place, and by
+    everything after the loop.
+    """
+    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        yield from items
+        return
+    main = torch.cuda.current_stream()
+    branches = _own.on(main.device)[1:]
+    begun = main.record_event()
+    for branch in branches:
+        branch.wait_event(begun)
+    for item, branch in zip(items, cycle(branches)):
+        with torch.cuda.stream(branch):
+            yield item
+    for branch in branches:
+        main.wait_stream(branch)
+
+
 def _record(
     compute: Callable[[Sequence[Tensor]], Any], tensors: Sequence[Tensor]
 ) -> _Recording | None:
     """None where a library waits for the device in between."""
     device = tensors[0].device
     places = [torch.empty_like(tensor) for tensor in tensors]
-    # one stream for all: what libraries allocate for a stream is never freed
-    stream = _own.streams.setdefault(device, torch.cuda.Stream(device))
+    stream = _own.on(device)[0]
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
     with _capturing, torch.cuda.stream(stream):
