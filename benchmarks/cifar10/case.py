@@ -61,7 +61,7 @@ class Case:
         match: float = 0.0,
         answers: float = SOFT,
         temperature: float = TEMPERATURE,
-        kind: type[Teacher] = Teacher,
+        kind: Callable[..., Teacher] = Teacher,
     ) -> Loss:
         """Learning from the dense network's answers, and from its blocks' outputs."""
         teacher = kind(self.dense(), soft=answers, match=match, temperature=temperature)

@@ -27,6 +27,8 @@ class Teacher:
         match: weight of the blocks' relative squared errors, averaged over blocks (Romero et al.
             2015, arXiv 1412.6550; no regressors, for the student's blocks have the same shapes).
         temperature: of the answers (Hinton et al. 2015, arXiv 1503.02531).
+        mirrored: answers are the mean of those to an image and to its mirror image, which are more
+            often right: for images that are mirrored in training.
 
     Example:
         >>> import copy
@@ -47,9 +49,11 @@ class Teacher:
         soft: float = SOFT,
         match: float = MATCH,
         temperature: float = TEMPERATURE,
+        mirrored: bool = False,
     ) -> None:
         self.model = model.eval()
         self.soft, self.match, self.temperature = soft, match, temperature
+        self.mirrored = mirrored
         self.blocks = blocks(model) if match else []
 
     def __call__(
@@ -72,6 +76,9 @@ class Teacher:
         """
         with torch.no_grad(), _outputs(self.model, self.blocks) as theirs:
             answers = self.model(inputs)
+        if self.mirrored:
+            with torch.no_grad():
+                answers = (answers + self.model(inputs.flip(-1))) / 2
         with _outputs(student if bare is None else bare, self.blocks) as ours:
             logits = student(inputs)
         hard = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
