@@ -78,6 +78,18 @@ def test_the_parts_of_the_loss_add_up(dense: Network) -> None:
     torch.testing.assert_close(loss, expected)
 
 
+def test_answers_to_an_image_and_its_mirror_image(dense: Network) -> None:
+    """Only the answers are the mean of two: blocks are compared on the image itself."""
+    student = copy.deepcopy(dense)
+    both = (dense(INPUTS) + dense(INPUTS.flip(-1))) / 2
+    expected = 16 * nn.functional.kl_div(
+        (dense(INPUTS) / 4).log_softmax(1), (both / 4).softmax(1), reduction="batchmean"
+    )
+    loss, _ = Teacher(dense, soft=1.0, match=2.0, mirrored=True)(student, INPUTS, LABELS)
+    torch.testing.assert_close(loss, expected)
+    assert loss > 1e-6
+
+
 def test_gradients_reach_the_student_only_and_hooks_do_not_stay(dense: Network) -> None:
     student = _compact(dense)
     Teacher(dense)(student, INPUTS, LABELS)[0].backward()
@@ -113,6 +125,8 @@ def test_a_teacher_that_is_not_there_is_an_error() -> None:
     for options in ({"match": 1.0}, {"match": 1.0, "baseline": True, "distill": 0.0}):
         with pytest.raises(ConfigError, match=r"match=1\.0 needs a dense network"):
             make_config({**BASE, **options})
+    with pytest.raises(ConfigError, match="mirrored needs a dense network"):
+        make_config({**BASE, "mirrored": True})
 
 
 def test_a_target_must_be_reached_before_the_factors_are_trained() -> None:

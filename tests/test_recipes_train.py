@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,31 @@ def test_validation_is_in_fp32_where_training_is_not(monkeypatch: pytest.MonkeyP
     model[0].register_forward_pre_hook(note)
     fit(_config(method="dense", flops=None, precision="bf16"), DATA, model)
     assert set(seen) == {(True, True), (False, False)}
+
+
+@pytest.mark.parametrize(
+    ("options", "flip", "mirrored"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"augment": False}, True, False),
+        ({"mirrored": False}, True, False),
+        ({"mirrored": True}, False, True),
+    ],
+)
+def test_the_teacher_sees_mirror_images_where_the_student_does(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], flip: bool, mirrored: bool
+) -> None:
+    made: list[bool] = []
+
+    class Spy(train.Teacher):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            made.append(options["mirrored"])
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(train, "Teacher", Spy)
+    fit(_config(baseline=True, **options), replace(DATA, flip=flip), _model(), teacher=_model())
+    assert made == [mirrored]
 
 
 def test_a_signal_in_the_last_validation_ends_the_run(tmp_path: Path) -> None:

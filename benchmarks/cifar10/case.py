@@ -28,6 +28,8 @@ class Case:
         target: FLOPs of the dense network / FLOPs asked for.
         network: name of the dense network in `NETWORKS`.
         source: where the data set was read from, for peers to read it themselves.
+        views: of an image that the dense network answers to, where it teaches: 2 with the mirror
+            image.
     """
 
     trained: nn.Module
@@ -36,6 +38,7 @@ class Case:
     target: float
     network: str
     source: str
+    views: int = 2
 
     @property
     def example(self) -> Tensor:
@@ -61,10 +64,16 @@ class Case:
         match: float = 0.0,
         answers: float = SOFT,
         temperature: float = TEMPERATURE,
-        kind: Callable[..., Teacher] = Teacher,
+        kind: type[Teacher] = Teacher,
     ) -> Loss:
         """Learning from the dense network's answers, and from its blocks' outputs."""
-        teacher = kind(self.dense(), soft=answers, match=match, temperature=temperature)
+        teacher = kind(
+            self.dense(),
+            soft=answers,
+            match=match,
+            temperature=temperature,
+            mirrored=self.views == 2,
+        )
         return lambda model, images, labels: teacher(model, images, labels)[0]
 
     def plan(self, scheme: str, stats: rp.Stats | None = None) -> rp.Plan:

@@ -6,7 +6,7 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-ALIKE = ("model", "start", "method", "target", "epochs", "lr")
+ALIKE = ("model", "start", "method", "target", "epochs", "lr", "views")
 MEASURED = (
     "accuracy",
     "dense_accuracy",
@@ -14,6 +14,11 @@ MEASURED = (
     "flops_reduction",
     "params_reduction",
 )
+
+
+def titled(row: dict[str, Any]) -> str:
+    """The method, and that its teacher saw no mirror images."""
+    return f"{row['method']} (one view)" if row["views"] == 1 else str(row["method"])
 
 
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

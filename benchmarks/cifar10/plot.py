@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from means import means
+from means import means, titled
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
@@ -25,9 +25,9 @@ IMAGES = HERE.parent.parent / "docs" / "images"
 def plot(model: str, rows: list[dict[str, Any]], file: Path) -> None:
     """Draw one line a method, and the dense network as a level."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    best = {name: max(r["accuracy"] for r in rows if r["method"] == name) for name in _names(rows)}
+    best = {name: max(r["accuracy"] for r in rows if titled(r) == name) for name in _names(rows)}
     for index, name in enumerate(sorted(best, key=lambda name: -best[name])):
-        own = sorted((r["flops_reduction"], r["accuracy"]) for r in rows if r["method"] == name)
+        own = sorted((r["flops_reduction"], r["accuracy"]) for r in rows if titled(r) == name)
         if name == "dense":
             axes.axhline(own[0][1], color="0.6", linestyle=":", label=name)
             continue
@@ -50,7 +50,7 @@ def plot(model: str, rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def _names(rows: list[dict[str, Any]]) -> set[str]:
-    return {row["method"] for row in rows}
+    return {titled(row) for row in rows}
 
 
 def main() -> None:

@@ -32,3 +32,7 @@ METHODS: dict[str, Method] = {
 UNTRAINED = set(one_shot.METHODS)
 #: Whatever FLOPs come of them: their rows have no target.
 UNTARGETED = {*dense.METHODS, *trp_paper.METHODS, *trp_authors.METHODS}
+#: The dense network teaches: their rows say by how many views of an image.
+TAUGHT = {
+    name for name in METHODS if "distilled" in name or "matched" in name or name.startswith("ours")
+} - {"ours-labels-only"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from case import Case, Method, Result, decompose
@@ -10,24 +9,17 @@ from loop import labels_only, train
 
 from methods.ours import by_outputs
 from rankprune.recipes.config import MATCH
-from rankprune.recipes.teacher import Teacher
 
 
 def fine_tuned(
-    case: Case,
-    *,
-    scheme: str,
-    soft: bool = False,
-    match: float = 0.0,
-    aware: bool = False,
-    teacher: Callable[..., Teacher] = Teacher,
+    case: Case, *, scheme: str, soft: bool = False, match: float = 0.0, aware: bool = False
 ) -> Result:
     """`soft` learns from the dense network's answers too, `match` from its blocks' outputs.
 
     `aware` chooses ranks by the errors of the layers' outputs.
     """
     compact = decompose(case, by_outputs(case, scheme) if aware else case.plan(scheme), bn=True)
-    loss = case.taught(match, kind=teacher) if soft else labels_only
+    loss = case.taught(match) if soft else labels_only
     train(compact, case.data, case.training, loss=loss)
     return Result(compact)
 
@@ -40,9 +32,6 @@ METHODS: dict[str, Method] = {
     "svd-fine-tuned-auto": partial(fine_tuned, scheme="auto"),
     "svd-distilled-auto": partial(fine_tuned, scheme="auto", soft=True),
     "svd-matched-auto": partial(fine_tuned, scheme="auto", soft=True, match=MATCH),
-    "svd-mirrored-auto": partial(
-        fine_tuned, scheme="auto", soft=True, match=MATCH, teacher=partial(Teacher, mirrored=True)
-    ),
     "svd-fine-tuned-separable": partial(fine_tuned, scheme="separable"),
     "svd-distilled-separable": partial(fine_tuned, scheme="separable", soft=True),
     "svd-matched-separable": partial(fine_tuned, scheme="separable", soft=True, match=MATCH),

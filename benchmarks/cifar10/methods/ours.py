@@ -33,7 +33,7 @@ def ours(
     after_attach: Callable[[rp.Controller], None] | None = None,
     answers: float = SOFT,
     temperature: float = TEMPERATURE,
-    teacher: Callable[..., Teacher] = Teacher,
+    teacher: type[Teacher] = Teacher,
     decay_products: bool = False,
 ) -> Result:
     """The budget comes down from the dense network's over the first part of the run.

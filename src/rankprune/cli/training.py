@@ -79,6 +79,10 @@ def train(
     match: Annotated[
         float | None, typer.Option(help="Weight of the blocks' errors against the dense network's.")
     ] = None,
+    mirrored: Annotated[
+        bool | None,
+        typer.Option(help="Ask the dense network about mirror images too, for better answers."),
+    ] = None,
     nuclear: Annotated[float | None, typer.Option(help="Weight of the nuclear norm.")] = None,
     nuclear_mode: Annotated[str | None, typer.Option(help="gradient or decoupled.")] = None,
     nuclear_when: Annotated[str | None, typer.Option(help="projection or step.")] = None,

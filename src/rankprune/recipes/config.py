@@ -55,6 +55,8 @@ class TrainConfig(BaseModel):
             0.9 where there is one, and 0 elsewhere.
         match: weight of the errors of the blocks' outputs, against the dense network's, where
             `distill` is not 0. None takes 3.
+        mirrored: ask the dense network about each image's mirror image too, and take the mean of
+            both answers, which is more often right. None does where training images are mirrored.
         multiple_of: ranks are multiples of this.
         epochs: passes over the training part.
         batch_size: images of one optimizer step, over all processes.
@@ -102,6 +104,7 @@ class TrainConfig(BaseModel):
     nuclear_when: Literal["projection", "step"] = "projection"
     distill: float | None = Field(default=None, ge=0, le=1)
     match: float | None = Field(default=None, ge=0)
+    mirrored: bool | None = None
     multiple_of: int | None = Field(default=None, ge=1)
     epochs: int = Field(default=30, ge=1)
     batch_size: int = Field(default=128, ge=1)
@@ -143,7 +146,8 @@ class TrainConfig(BaseModel):
         """Weight of the dense network's answers in the loss.
 
         Raises:
-            ConfigError: `distill` or `match` is given, and there is nothing to learn from.
+            ConfigError: `distill`, `match` or `mirrored` is given, and there is nothing to learn
+                from.
         """
         if self.method == "dense":
             return 0.0
@@ -154,9 +158,10 @@ class TrainConfig(BaseModel):
                 "from weights (weights, pretrained), or train one beforehand (baseline)"
             )
         soft = (SOFT if taught else 0.0) if self.distill is None else self.distill
-        if self.match and not soft:
+        asked = f"match={self.match}" if self.match else "mirrored" if self.mirrored else ""
+        if asked and not soft:
             raise ConfigError(
-                f"match={self.match} needs a dense network and its answers: start from weights "
+                f"{asked} needs a dense network and its answers: start from weights "
                 "(weights, pretrained), or train one beforehand (baseline), with distill above 0"
             )
         return soft

@@ -144,8 +144,12 @@ class _Run:
         if config.soft():
             assert teacher is not None
             teacher = teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            mirrored = data.flip and config.augment
             self.teacher = Teacher(
-                teacher, soft=config.soft(), match=MATCH if config.match is None else config.match
+                teacher,
+                soft=config.soft(),
+                match=MATCH if config.match is None else config.match,
+                mirrored=mirrored if config.mirrored is None else config.mirrored,
             )
         self.step = 0
         self.records: list[dict[str, Any]] = []
