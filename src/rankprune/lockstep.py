@@ -43,9 +43,9 @@ _FILLED, _LITTLE = 2, 2**20
 _LITTLE_ON_CPU = 2**16
 # On a CPU matrices of so many entries gain less by a stack than copying them costs.
 _STACKED = 2**18
-# On a GPU all matrices go on while one is open if they have no more entries: replaying a round for
-# all takes less time than calling it for some.
-_WHOLE = 2**24
+# On a GPU matrices of no more entries in all go on together while one is open, for replaying a round
+# for all takes less time than calling it for some. A recording keeps several copies of them.
+_REPLAYED = 2**24
 # Larger factors than this are decomposed one by one: batched routines are made for small ones.
 _BATCHED_SIDE = 256
 # The polar factor is found from the factor's Gram matrix where no direction is fainter than this.
@@ -261,8 +261,8 @@ def project_together(tasks: Sequence[Task]) -> tuple[dict[int, Outcome], set[int
     """
     done: dict[int, Outcome] = {}
     states: dict[int, _State] = {}
-    whole = _on_gpu(tasks[0].start) and sum(task.entries for task in tasks) <= _WHOLE
-    groups, looked, results = _first_round(tasks)
+    replay = _on_gpu(tasks[0].start) and sum(task.entries for task in tasks) <= _REPLAYED
+    groups, looked, results = _first_round(tasks, replay)
     for number in range(1, ROUNDS + 1):
         states.update(_read(groups, looked))
         if results is None:
@@ -274,9 +274,9 @@ def project_together(tasks: Sequence[Task]) -> tuple[dict[int, Outcome], set[int
         settled = {i for i, state in states.items() if not state.sound} | done.keys()
         if number == ROUNDS or states.keys() <= settled:
             break
-        if not whole:
+        if not replay:
             groups = [group for group in groups if not group.tasks.keys() <= settled]
-        groups, looked, results = _further_round(groups, whole)
+        groups, looked, results = _further_round(groups, replay)
     return done, {i for i, state in states.items() if state.sound and i not in done}
 
 
@@ -301,8 +301,8 @@ class _State:
 _Round = tuple[list["_Group"], Tensor, "list[_Result] | None"]
 
 
-def _first_round(tasks: Sequence[Task]) -> _Round:
-    if not _on_gpu(tasks[0].start):
+def _first_round(tasks: Sequence[Task], replay: bool) -> _Round:
+    if not replay:
         groups = _grouped(tasks)
         return groups, _round(groups), None
     wanted = tuple(task.polar for task in tasks)
@@ -316,7 +316,7 @@ def _first_round(tasks: Sequence[Task]) -> _Round:
     return _by_graph(compute, tensors, ("first", wanted))
 
 
-def _further_round(groups: Sequence[_Group], whole: bool) -> _Round:
+def _further_round(groups: Sequence[_Group], replay: bool) -> _Round:
     tensors = [tensor for g in groups for tensor in (g.matrices, g.factor, g.total)]
 
     def begun(tensors: Sequence[Tensor]) -> list[_Group]:
@@ -327,7 +327,7 @@ def _further_round(groups: Sequence[_Group], whole: bool) -> _Round:
         others = begun(tensors)
         return others, _round(others), _results(others)
 
-    if whole:
+    if replay:
         wanted = tuple(task.polar for group in groups for task in group.tasks.values())
         return _by_graph(compute, tensors, ("further", wanted))
     others = begun(tensors)

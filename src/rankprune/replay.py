@@ -17,12 +17,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-# Larger tensors take longer than their calls, and a graph keeps all that it computes.
-MOST_BYTES = 128 * 2**20
 # What a graph may do at a time.
 BRANCHES = 3
-# Graphs that a thread keeps: ranks that have been left do not come back.
-KEPT = 8
+# Graphs that a thread keeps, with all that they compute: those of two models, for ranks that have
+# been left do not come back.
+KEPT = 4
 
 T = TypeVar("T")
 _capturing = threading.Lock()
@@ -77,9 +76,6 @@ def replayed(
         What `compute` has returned when it was recorded. Its tensors are overwritten by the next
         replay.
     """
-    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    if held > MOST_BYTES or torch.cuda.is_current_stream_capturing():
-        return None
     key = (key, tensors[0].device, *((tensor.shape, tensor.dtype) for tensor in tensors))
     seen = _own.seen
     if key not in seen:
