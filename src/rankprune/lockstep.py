@@ -43,8 +43,8 @@ _FILLED, _LITTLE = 2, 2**20
 _LITTLE_ON_CPU = 2**16
 # On a CPU matrices of so many entries gain less by a stack than copying them costs.
 _STACKED = 2**18
-# On a GPU matrices of no more entries in all go on together while one is open: to replay a round for
-# all takes less time than to call it for some. A recording keeps several copies of them.
+# On a GPU matrices of no more entries in all go on together while one is open: replaying a round
+# for all takes less time than calling it for some. A recording keeps several copies of them.
 _REPLAYED = 2**24
 # Larger factors than this are decomposed one by one: batched routines are made for small ones.
 _BATCHED_SIDE = 256
