@@ -80,12 +80,6 @@ class Cifar:
         """The same on a device."""
         return Cifar(self.train.to(device), self.validation.to(device), self.test.to(device))
 
-    def joined(self) -> Cifar:
-        """Trained on all images that are not for testing, once everything is chosen."""
-        both = (self.train, self.validation)
-        pixels, labels = (torch.cat([getattr(p, k) for p in both]) for k in ("pixels", "labels"))
-        return Cifar(Part(pixels, labels), self.validation, self.test)
-
 
 def load(source: str, *, workers: int = 2) -> Cifar:
     """Read the data set.
