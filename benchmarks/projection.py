@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from _harness import add_device, alternate, arguments, finish, ratios, say, spread, suffix, wait
@@ -16,6 +17,7 @@ from _networks import NETWORKS, Network, Training
 from torch import Tensor
 
 import rankprune as rp
+from rankprune import lockstep
 from rankprune.linalg import Decomposition
 from rankprune.schemes import SCHEMES, Scheme
 
@@ -75,6 +77,11 @@ class Projection:
     def without_starts(self) -> None:
         """rankprune, as if for the first time."""
         rp.project(self.training.model, self.plan)
+
+    def without_replays(self) -> None:
+        """rankprune on a GPU, every kernel launched by a call of its own."""
+        with mock.patch.object(lockstep, "replayed", return_value=None):
+            self.controller.project()
 
     @torch.no_grad()
     def residual_ratios(self) -> list[float]:
@@ -136,6 +143,8 @@ def measure(network: Network, scheme: str, options: argparse.Namespace) -> dict[
             variants["gram_fp64"] = projection.by_gram
             if phase == "steady":
                 variants["rankprune_without_starts"] = projection.without_starts
+                if options.device != "cpu":
+                    variants["rankprune_without_replays"] = projection.without_replays
         if not large:
             projection.controller.project()  # the first call of anything is slower
         timed = {name: waited(call) for name, call in variants.items()}

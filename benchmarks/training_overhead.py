@@ -2,11 +2,15 @@
 
 Authors' (algorithm 1 of arXiv 1910.04576): a full SVD of every layer, one by one, at every step;
 the truncated weight replaces the layer's, U Vᵀ is added to its gradient.
+
+With --taught: a dense network as a teacher, without TRP, that answers to an image, or to its mirror
+image too.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +20,7 @@ from _harness import add_device, arguments, finish, ratios, say, spread, suffix,
 from _networks import NETWORKS, Network, Training
 
 import rankprune as rp
+from rankprune.recipes.teacher import Teacher
 from rankprune.schemes import SCHEMES
 
 NUCLEAR = 3e-4
@@ -60,23 +65,32 @@ def _authors(training: Training) -> Callable[[], None]:
     return step
 
 
+def _taught(training: Training, mirrored: bool) -> Callable[[], None]:
+    teacher = Teacher(copy.deepcopy(training.model), mirrored=mirrored)
+    training.loss = lambda inputs, labels: teacher(training.model, inputs, labels)[0]
+    return training.step
+
+
 def measure(network: Network, options: argparse.Namespace) -> dict[str, Any]:
     def fresh() -> Training:
         return Training(network, batch=options.batch, device=options.device)
 
-    steps = {
-        "plain": fresh().step,
-        "m20": _with_trp(fresh(), 20),
-        "m1": _with_trp(fresh(), 1),
-        "authors": _authors(fresh()),
-    }
+    steps = {"plain": fresh().step}
+    if options.taught:
+        steps |= {"taught": _taught(fresh(), False), "taught_mirrored": _taught(fresh(), True)}
+    else:
+        steps |= {
+            "m20": _with_trp(fresh(), 20),
+            "m1": _with_trp(fresh(), 1),
+            "authors": _authors(fresh()),
+        }
     # one block is a period of m = 20, so that each holds one of its projections
     blocks = 1 if options.quick else options.blocks
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         for _ in range(2):  # the first projection is a cold one
             step()
-    counts = dict.fromkeys(steps, 20) | {"authors": options.authors_steps}
+    counts = {name: options.authors_steps if name == "authors" else 20 for name in steps}
     # step by step on a CPU; a GPU is not to be waited for within a block
     turns = 20 if options.device == "cpu" else 1
     for _ in range(blocks):
@@ -104,6 +118,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="*", choices=NETWORKS)
     parser.add_argument("--blocks", type=int, default=5, help="of 20 steps each")
     parser.add_argument("--authors-steps", type=int, default=20, help="fewer in each block")
+    parser.add_argument("--taught", action="store_true", help="a teacher instead of TRP")
     parser.add_argument("--batch", type=int, help="instead of the network's own")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -112,10 +127,12 @@ def main() -> None:
     names = ("resnet20",) if options.quick else ("resnet20", "resnet18")
     for name in options.networks or names:
         entry = measure(NETWORKS[name], options)
-        found[name] = {k: entry[k]["median"] for k in ("m20", "m1", "authors")} | {"spread": entry}
+        ratio = {k: v["median"] for k, v in entry.items() if k != "seconds_a_step"}
+        found[name] = ratio | {"spread": entry}
         if options.save:
             alone = {"settings": settings, name: found[name]}
-            finish(f"training_overhead-{name}{suffix(options)}", alone, options)
+            title = "teacher_overhead" if options.taught else "training_overhead"
+            finish(f"{title}-{name}{suffix(options)}", alone, options)
         say(options, f"{name}: " + ", ".join(f"{k} {found[name][k]:.3f}" for k in list(entry)[1:]))
     if not options.save:
         finish("training_overhead", {"settings": settings, **found}, options)

@@ -45,6 +45,8 @@ def test_projection() -> None:
 def test_training_overhead() -> None:
     ratios = _run("training_overhead.py", "--batch", "8", "--threads", "1")["resnet20"]
     assert all(ratios[name] > 0 for name in ("m20", "m1", "authors"))
+    ratios = _run("training_overhead.py", "--taught", "--batch", "8", "--threads", "1")["resnet20"]
+    assert all(ratios[name] > 0 for name in ("taught", "taught_mirrored"))
 
 
 @pytest.mark.slow
