@@ -264,7 +264,7 @@ def ablations(model: str) -> Callable[[], str]:
             "|---|---|---|---|---|---|---|",
         ]
         for row in rows:
-            other = full.get(tuple(row[name] for name in alike))
+            other = full.get(tuple({**row, "views": row["views"] or 2}[name] for name in alike))
             gain = "" if other is None else f"{row['accuracy'] - other['accuracy']:+.2f}"
             lines.append(
                 f"| {row['epochs']} | {row['target']:g} × | {titled(row)} "

@@ -198,7 +198,7 @@ def test_the_same_bits_twice() -> None:
 
 
 def test_a_replay_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the second projection of the same shapes on, a graph does what the calls did."""
+    """After some projections of the same shapes a graph does what the calls did."""
     shapes = [(16, 27), (64, 576), (64, 1152), (200, 128), (512, 2304)]
     matrices = [_weight(*shape, seed=i)[None] for i, shape in enumerate(shapes)]
     matrices.append(_weight(64, 64).repeat(3, 1, 1))
@@ -213,11 +213,11 @@ def test_a_replay_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as without:
         without.setattr(lockstep, "replayed", lambda *_, **__: None)
-        expected = [moved(step) for step in range(4)]
+        expected = [moved(step) for step in range(replay.BEFORE + 2)]
     monkeypatch.setattr(replay, "_own", replay._Own())
-    found = [moved(step) for step in range(4)]
-    assert replay._own.seen
-    assert None not in replay._own.seen.values()
+    found = [moved(step) for step in range(replay.BEFORE + 2)]
+    assert len(replay._own.seen) == 2
+    assert all(isinstance(found, replay._Recording) for found in replay._own.seen.values())
     for one, other in zip(expected, found, strict=True):
         for index in one:
             assert one[index].energy == other[index].energy
@@ -230,7 +230,7 @@ def test_only_the_latest_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(replay, "_own", replay._Own())
     matrix = torch.ones(4, device=GPU)
     for size in range(2, 5 + replay.KEPT):
-        for _ in range(3):
+        for _ in range(replay.BEFORE + 1):
             found = replay.replayed(lambda x: x[0] * 2, [matrix[:1].expand(size)], key=size)
         assert found is not None
         assert found.tolist() == [2.0] * size
@@ -421,6 +421,7 @@ def test_wrapped_models(nccl: None, kind: str) -> None:
 def test_what_waits_for_the_device_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "_own", replay._Own())
     matrix = torch.ones(4, device=GPU)
-    found = [replay.replayed(lambda x: x[0].sum().item(), [matrix], key=0) for _ in range(3)]
-    assert found == [None] * 3
+    found = [replay.replayed(lambda x: x[0].sum().item(), [matrix], key=0) for _ in range(6)]
+    assert found == [None] * 6
     assert (matrix + 1).tolist() == [2.0] * 4
+    torch.cuda.empty_cache()  # which fails where the allocator takes the capture as going on

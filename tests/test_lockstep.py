@@ -337,3 +337,23 @@ def test_replayed_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
             kept.append((starts[index], starts[index].clone()))
     assert replays.replays > 4
     assert all(torch.equal(tensor, copied) for tensor, copied in kept)
+
+
+def test_replays_of_other_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks move from one layer to another of the same shape: the stacks' shapes are the same."""
+    monkeypatch.setattr(lockstep, "_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(lockstep, "replayed", _Replayed())
+    shapes = ((100, 144), (100, 110), (100, 144))
+    for ranks in ((4, 4, 6), (4, 4, 6), (6, 4, 4)):
+        matrices = [
+            matrix_of(*shape, 1, "gap", rank, 0.1, seed=index).float()
+            for index, (shape, rank) in enumerate(zip(shapes, ranks, strict=True))
+        ]
+        poor = [trained_on(matrix, 1.5) for matrix in matrices]
+        starts = [Decomposition(m).start(rank) for m, rank in zip(poor, ranks, strict=True)]
+        before = [matrix.clone() for matrix in matrices]
+        tasks = [Task(m, start, False) for m, start in zip(matrices, starts, strict=True)]
+        done, _ = project_together(tasks)
+        assert len(done) == len(ranks)
+        for matrix, rank, nearest in zip(before, ranks, matrices, strict=True):
+            keeps_promise(matrix, rank, nearest)

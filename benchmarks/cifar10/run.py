@@ -60,8 +60,8 @@ def measured(case: Case, result: Result, part: Part) -> dict[str, Any]:
 
 def keep(row: dict[str, Any], file: Path) -> None:
     """Put a row into a file of results, and the dense network's accuracy beside all of its kind."""
-    rows = [r for r in read(file) if any(r[k] != row[k] for k in KEY)] + [row]
-    rows.sort(key=lambda r: [str(r[k]) for k in KEY])
+    rows = [r for r in read(file) if any(r.get(k) != row[k] for k in KEY)] + [row]
+    rows.sort(key=lambda r: [str(r.get(k)) for k in KEY])
     alike = ("model", "start", "epochs", "lr", "seed")
     dense = {tuple(r[k] for k in alike): r["accuracy"] for r in rows if r["method"] == "dense"}
     for r in rows:
@@ -95,7 +95,7 @@ class Row:
         """Whether the file of results has it, and its weights are where they are to be."""
         lost = self.args.out and not self.args.out.exists()
         known = () if self.args.again or lost else read(self.args.results)
-        return any(all(row[k] == self.key[k] for k in KEY) for row in known)
+        return any(all(row.get(k) == self.key[k] for k in KEY) for row in known)
 
     def make(self, data: Cifar) -> dict[str, Any]:
         """Train and measure."""

@@ -114,6 +114,8 @@ class _Group:
     """Tasks of one smaller side and rank, in one stack [count, small, large].
 
     Attributes:
+        places: of each task in the stack, by its number.
+        polar: whether anyone wants U Vᵀ.
         total: ‖M‖_F of each matrix.
         rows: what spans V, [count, rank, large].
         images: of Gaussian vectors, on the way to η; None when it is known.
@@ -130,10 +132,10 @@ class _Group:
     near: Tensor | None = None
 
     def __init__(self, tasks: dict[int, Task]) -> None:
-        self.tasks = tasks
+        self.polar = any(task.polar for task in tasks.values())
         first = next(iter(tasks.values()))
         self.small, self.rank = first.small, first.rank
-        self.places: dict[int, slice] = {}  # in the stack
+        self.places: dict[int, slice] = {}
         self.count = 0
         for index, task in tasks.items():
             self.places[index] = slice(self.count, self.count + len(task.matrices))
@@ -266,16 +268,16 @@ def project_together(tasks: Sequence[Task]) -> tuple[dict[int, Outcome], set[int
     for number in range(1, ROUNDS + 1):
         states.update(_read(groups, looked))
         if results is None:
-            finished = [group for group in groups if any(states[i].sure for i in group.tasks)]
+            finished = [group for group in groups if any(states[i].sure for i in group.places)]
             done.update(_take(tasks, finished, _results(finished), states, done))
         else:
             done.update(_take(tasks, groups, results, states, done))
-        # what is not sound now will not be later
+        # what is not sound now is not waited for
         settled = {i for i, state in states.items() if not state.sound} | done.keys()
         if number == ROUNDS or states.keys() <= settled:
             break
         if not replay:
-            groups = [group for group in groups if not group.tasks.keys() <= settled]
+            groups = [group for group in groups if not group.places.keys() <= settled]
         groups, looked, results = _further_round(groups, replay)
     return done, {i for i, state in states.items() if state.sound and i not in done}
 
@@ -328,8 +330,9 @@ def _further_round(groups: Sequence[_Group], replay: bool) -> _Round:
         return others, _round(others), _results(others)
 
     if replay:
-        wanted = tuple(task.polar for group in groups for task in group.tasks.values())
-        return _by_graph(compute, tensors, ("further", wanted))
+        where = [(i, p.start, p.stop) for g in groups for i, p in g.places.items()]
+        polar = tuple(group.polar for group in groups)
+        return _by_graph(compute, tensors, ("further", polar, *where))
     others = begun(tensors)
     return others, _round(others), None
 
@@ -466,7 +469,7 @@ class _Result:
 def _results(groups: Sequence[_Group]) -> list[_Result]:
     found = []
     batch = roots = None
-    if any(task.polar for group in groups for task in group.tasks.values()):
+    if any(group.polar for group in groups):
         batch = _Batch(groups)
         roots = batch.inverse_roots(batch.grams([group.factor for group in groups]))
     for group in beside(groups):
@@ -477,7 +480,7 @@ def _results(groups: Sequence[_Group]) -> list[_Result]:
         turned = torch.bmm(turn, group.left)
         start = (turned / group.total[:, None, None]).mT.contiguous()
         polar = None
-        if any(task.polar for task in group.tasks.values()):
+        if group.polar:
             polar = torch.bmm(turned.mT, group.factor)
         near = group.nearest() if group.near is None else group.near
         found.append(_Result(near, start, polar))
@@ -528,7 +531,7 @@ def _alike(tasks: Sequence[Task]) -> list[list[int]]:
         used += len(task.matrices) * task.small * task.large
         stored += len(task.matrices) * task.small * head.large
         same = (head.small, head.rank) == (task.small, task.rank)
-        large = task.small * task.large >= _STACKED and not task.start.is_cuda
+        large = task.small * task.large >= _STACKED and not _on_gpu(task.start)
         if alike and same and not large and stored <= filled * used + little:
             alike[-1].append(i)
         else:

@@ -1,12 +1,13 @@
 """Functions of tensors as CUDA graphs, which are launched by one call.
 
-On a GPU the hundreds of calls that project small layers take longer than what they ask for. The
-second time that tensors of the same shapes come, the calls are recorded, and from then on replayed
+On a GPU the hundreds of calls that project small layers take longer than what they ask for. When
+tensors of the same shapes have come some times, the calls are recorded, and from then on replayed
 on tensors that are copied into the places they were recorded with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -19,6 +20,8 @@ from torch import Tensor
 
 # What a graph may do at a time.
 BRANCHES = 3
+# Calls of the same shapes before they are recorded, which costs more than it saves for fewer.
+BEFORE = 4
 # Graphs that a thread keeps, with all that they compute: those of two models, for ranks that have
 # been left do not come back.
 KEPT = 4
@@ -42,14 +45,13 @@ class _Recording:
 
 
 class _Own(threading.local):
-    """What a thread has seen: recordings, or None before the second time and where none can be.
+    """What a thread has seen: recordings, the number of calls before, or None where none can be.
 
     And its streams to record in, few, for what libraries allocate for a stream is never freed.
     """
 
     def __init__(self) -> None:
-        self.seen: OrderedDict[Hashable, _Recording | None] = OrderedDict()
-        self.tried: set[Hashable] = set()
+        self.seen: OrderedDict[Hashable, _Recording | int | None] = OrderedDict()
         self.streams: dict[torch.device, list[torch.cuda.Stream]] = {}
 
     def on(self, device: torch.device) -> list[torch.cuda.Stream]:
@@ -76,19 +78,24 @@ def replayed(
         What `compute` has returned when it was recorded. Its tensors are overwritten by the next
         replay.
     """
-    key = (key, tensors[0].device, *((tensor.shape, tensor.dtype) for tensor in tensors))
-    seen = _own.seen
-    if key not in seen:
-        seen[key] = None
-        while len(seen) > KEPT:
-            _own.tried.discard(seen.popitem(last=False)[0])
+    if torch.cuda.is_current_stream_capturing():
         return None
+    device, seen = tensors[0].device, _own.seen
+    shapes = ((tensor.shape, tensor.dtype) for tensor in tensors)
+    # replays on another stream would not wait for what still reads the last one's result
+    where = torch.cuda.current_stream(device), torch.is_inference_mode_enabled()
+    key = (key, device, *where, *shapes)
+    found = seen.setdefault(key, 0)
     seen.move_to_end(key)
-    if key not in _own.tried:
-        _own.tried.add(key)
-        seen[key] = _record(compute, tensors)
-    recording = seen[key]
-    return None if recording is None else recording.replay(tensors)
+    if found == BEFORE:
+        found = seen[key] = _record(compute, tensors)
+    if isinstance(found, _Recording):
+        return found.replay(tensors)
+    if found is not None:
+        seen[key] = found + 1
+    while len(seen) > KEPT:
+        seen.popitem(last=False)
+    return None
 
 
 def beside(items: Iterable[T]) -> Iterator[T]:
@@ -121,14 +128,19 @@ def _record(
     stream = _own.on(device)[0]
     graph = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
+    result = None
     with _capturing, torch.cuda.stream(stream):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             result = compute(places)
         except RuntimeError:
-            result = None
-        try:
-            graph.capture_end()
-        except RuntimeError:
-            result = None
+            pass
+        finally:
+            try:
+                graph.capture_end()
+            except RuntimeError:
+                result = None
+                # torch up to 2.11 leaves the allocator as if the capture went on
+                with contextlib.suppress(AttributeError, RuntimeError):
+                    torch._C._cuda_endAllocateToPool(device.index, graph.pool())
     return None if result is None else _Recording(graph, places, result)
