@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import rankprune as rp
 from rankprune import replay
 
 
@@ -68,3 +69,14 @@ def test_only_the_latest_are_kept(recorded: list[int]) -> None:
             _call(size)
     assert len(replay._own.seen) == replay.KEPT
     assert recorded == list(range(1, 2 + replay.KEPT))
+
+
+def test_a_training_that_ends_leaves_nothing(recorded: list[int]) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trp = rp.attach(model, optimizer, rp.TRP(rank=rp.FixedRank(2), guard=False))
+    for _ in range(replay.BEFORE + 1):
+        _call(3)
+    trp.finish()
+    assert not replay._own.seen
+    assert _call(3) is None

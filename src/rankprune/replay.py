@@ -98,6 +98,11 @@ def replayed(
     return None
 
 
+def forget() -> None:
+    """Give the memory of this thread's recordings back."""
+    _own.seen.clear()
+
+
 def beside(items: Iterable[T]) -> Iterator[T]:
     """What a loop does for each item, without need of the others: a recording does it side by side.
 

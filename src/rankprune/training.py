@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankprune import replay
 from rankprune.budget import Budget
 from rankprune.distributed import Team
 from rankprune.engine import Job
@@ -204,6 +205,7 @@ class Controller:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        replay.forget()  # other models' are soon recorded again
 
     # -- state -----------------------------------------------------------------------------------
 
