@@ -86,10 +86,6 @@ class Task:
     def rank(self) -> int:
         return self.start.shape[-1]
 
-    @property
-    def entries(self) -> int:
-        return self.matrices.numel()
-
     def orient(self, matrices: Tensor) -> Tensor:
         """Smaller side first, and back."""
         return matrices if self.matrices.shape[-2] <= self.matrices.shape[-1] else matrices.mT
@@ -263,7 +259,7 @@ def project_together(tasks: Sequence[Task]) -> tuple[dict[int, Outcome], set[int
     """
     done: dict[int, Outcome] = {}
     states: dict[int, _State] = {}
-    replay = _on_gpu(tasks[0].start) and sum(task.entries for task in tasks) <= _REPLAYED
+    replay = _on_gpu(tasks[0].start) and sum(task.matrices.numel() for task in tasks) <= _REPLAYED
     groups, looked, results = _first_round(tasks, replay)
     for number in range(1, ROUNDS + 1):
         states.update(_read(groups, looked))
@@ -329,12 +325,12 @@ def _further_round(groups: Sequence[_Group], replay: bool) -> _Round:
         others = begun(tensors)
         return others, _round(others), _results(others)
 
-    if replay:
-        where = [(i, p.start, p.stop) for g in groups for i, p in g.places.items()]
-        polar = tuple(group.polar for group in groups)
-        return _by_graph(compute, tensors, ("further", polar, *where))
-    others = begun(tensors)
-    return others, _round(others), None
+    if not replay:
+        others = begun(tensors)
+        return others, _round(others), None
+    where = [(i, p.start, p.stop) for g in groups for i, p in g.places.items()]
+    polar = tuple(group.polar for group in groups)
+    return _by_graph(compute, tensors, ("further", polar, *where))
 
 
 def _by_graph(
