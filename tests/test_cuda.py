@@ -216,8 +216,8 @@ def test_a_replay_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
         expected = [moved(step) for step in range(replay.BEFORE + 2)]
     monkeypatch.setattr(replay, "_own", replay._Own())
     found = [moved(step) for step in range(replay.BEFORE + 2)]
-    assert len(replay._own.seen) == 2
-    assert all(isinstance(found, replay._Recording) for found in replay._own.seen.values())
+    recorded = [one for one in replay._own.seen.values() if isinstance(one, replay._Recording)]
+    assert len(recorded) >= 2
     for one, other in zip(expected, found, strict=True):
         for index in one:
             assert one[index].energy == other[index].energy

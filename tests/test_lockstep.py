@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from promise import keeps_promise, trained_on
-from rankprune import engine, lockstep
+from rankprune import engine, lockstep, rounds
 from rankprune.engine import Job, project
 from rankprune.linalg import Decomposition
 from rankprune.lockstep import Outcome, Task, project_together
@@ -227,19 +227,19 @@ def test_the_engine_falls_back(monkeypatch: pytest.MonkeyPatch, wave: int) -> No
 def test_a_worse_start_takes_more_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = matrix_of(100, 120, 1, "gap", 6, 0.1).float()
     start = Decomposition(trained_on(matrix, 1.5)).start(6)
-    rounds: list[int] = []
-    inner = lockstep._round
+    counts: list[int] = []
+    inner = lockstep.one_round
 
     def counted(groups: Any) -> Any:
-        rounds.append(len(groups))
+        counts.append(len(groups))
         return inner(groups)
 
-    monkeypatch.setattr(lockstep, "_round", counted)
+    monkeypatch.setattr(lockstep, "one_round", counted)
     monkeypatch.setattr(engine, "Decomposition", None)
     ((_, result),) = project([_job(matrix, 6, start=start)])
     assert result.nearest is not None
     keeps_promise(matrix, 6, result.nearest)
-    assert 1 < len(rounds) <= lockstep.ROUNDS
+    assert 1 < len(counts) <= lockstep.ROUNDS
 
 
 def test_few_small_ones_are_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +306,8 @@ class _Replayed:
 def test_replayed_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: nothing of one projection is left in the next one's result."""
     replays = _Replayed()
-    monkeypatch.setattr(lockstep, "_on_gpu", lambda tensor: True)
+    for module in (lockstep, rounds):
+        monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(lockstep, "replayed", replays)
     starts: list[Tensor] = []
     kept: list[tuple[Tensor, Tensor]] = []
@@ -341,7 +342,8 @@ def test_replayed_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_replays_of_other_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks move from one layer to another of the same shape: the stacks' shapes are the same."""
-    monkeypatch.setattr(lockstep, "_on_gpu", lambda tensor: True)
+    for module in (lockstep, rounds):
+        monkeypatch.setattr(module, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(lockstep, "replayed", _Replayed())
     shapes = ((100, 144), (100, 110), (100, 144))
     for ranks in ((4, 4, 6), (4, 4, 6), (6, 4, 4)):

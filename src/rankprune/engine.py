@@ -38,6 +38,8 @@ STEPS = 8
 # on a GPU, nor in lockstep with some others.
 SMALLEST_SIDE = 96
 ENOUGH = 6
+# So few matrices below that side a CPU decomposes before a GPU has, sent to and fro.
+FEW = 2
 # What goes in lockstep at a time: bytes of matrices (on a GPU; elsewhere the above), and of what is
 # rank × rank, filled up.
 WAVE_BYTES = 512 * 2**20
@@ -127,6 +129,19 @@ class Projected:
     energy: float
     polar: Tensor | None
     start: Tensor | None
+
+    def to(self, device: torch.device) -> Projected:
+        """The same on a device."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return replace(
+            self,
+            nearest=moved(self.nearest),
+            polar=moved(self.polar),
+            start=moved(self.start),
+        )
 
 
 def project(jobs: Sequence[Job]) -> Iterator[tuple[int, Projected]]:
@@ -257,8 +272,13 @@ def _project_chunk(jobs: Mapping[int, Job], chunk: list[int]) -> Iterator[tuple[
         done = _by_iteration(jobs, parts, Subspace(matrix, start))
         yield from done.items()
         parts = [(index, part) for index, part in parts if index not in done]
-    if parts:
-        yield from _by_decomposition(jobs, parts, matrix)
+    if not parts:
+        return
+    device = matrix.device
+    if matrix.is_cuda and min(matrix.shape[-2:]) < SMALLEST_SIDE and len(matrix) <= FEW:
+        matrix = matrix.cpu()
+    for index, projected in _by_decomposition(jobs, parts, matrix):
+        yield index, projected.to(device)
 
 
 def _full_polar(job: Job) -> Tensor:

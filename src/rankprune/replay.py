@@ -22,9 +22,9 @@ from torch import Tensor
 BRANCHES = 3
 # Calls of the same shapes before they are recorded, which costs more than it saves for fewer.
 BEFORE = 4
-# Graphs that a thread keeps, with all that they compute: those of two models, for ranks that have
-# been left do not come back.
-KEPT = 4
+# Graphs that a thread keeps, with all that they compute, or counts towards: a model's first round,
+# and further ones for those layers that are open then. Ranks that have been left do not come back.
+KEPT = 6
 
 T = TypeVar("T")
 _capturing = threading.Lock()
