@@ -46,6 +46,17 @@ class _NormAct(nn.BatchNorm2d):
         return super().forward(input).relu()
 
 
+class _WithoutItsBias(nn.Module):
+    """Takes a layer's weight and leaves the layer uncalled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(nn.functional.conv2d(x, self.conv.weight))
+
+
 class _Twice(nn.Module):
     """One layer, called twice, with a BatchNorm after the second call only."""
 
@@ -127,6 +138,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, int, int]] = {
     ),
     "residual": (_Residual, _image(), 2, 2),
     "called twice": (_Twice, _image(), 2, 2),
+    "weight taken": (_WithoutItsBias, _image(), 2, 2),
     "no statistics": (
         lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)),
         _image(),

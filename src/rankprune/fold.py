@@ -87,7 +87,7 @@ def _pairs(model: nn.Module, inputs: ExampleInputs) -> list[tuple[str, str]]:
         # BatchNorm has a running mean even where it has no weight
         tensor = node.args[3 if operator == "aten::batch_norm" else 1]
         name = stored.get(getattr(tensor, "name", ""), "").rpartition(".")[0]
-        if not name or len(tensor.users) > 1:
+        if not name or len(tensor.users) > 1 or not _called(node, name):
             continue
         source = node.args[0]
         # BatchNorm looks at the second dimension, which is not always a linear layer's outputs
@@ -97,6 +97,12 @@ def _pairs(model: nn.Module, inputs: ExampleInputs) -> list[tuple[str, str]]:
             pairs.append((names[source], name))
         names[node] = name
     return pairs
+
+
+def _called(node: Any, name: str) -> bool:
+    """Whether it is the layer that computes this, not a model that takes its weight."""
+    modules = node.meta.get("nn_module_stack") or {"": ("", None)}
+    return str(list(modules.values())[-1][0]) == name
 
 
 def _is_linear(node: Any) -> bool:
