@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
 
+from rankprune.c_stdout import c_stdout_to_stderr
+
 # How far below a budget a choice may stay where something closer exists.
 SLACK = 0.01
 # The proof of optimality is cut short: layers of equal shape make it long and worthless. Nodes are
@@ -104,16 +106,17 @@ def _solve(
         reduced = reduced - np.vstack([costs, -costs[floors]]).T @ relaxed.ineqlin.marginals
         left = np.flatnonzero(reduced <= gap + _TOLERANCE)
         left = np.union1d(left, best)
-    exact = milp(
-        losses[left],
-        integrality=np.ones(len(left), dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each[:, left], 1, 1),
-            LinearConstraint(costs[:, left], least, 1),
-        ],
-        options={"mip_rel_gap": _GAP, "node_limit": _NODES},
-    )
+    with c_stdout_to_stderr():
+        exact = milp(
+            losses[left],
+            integrality=np.ones(len(left), dtype=np.int64),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each[:, left], 1, 1),
+                LinearConstraint(costs[:, left], least, 1),
+            ],
+            options={"mip_rel_gap": _GAP, "node_limit": _NODES},
+        )
     if exact.x is not None:
         taken = left[np.flatnonzero(exact.x > 0.5)]
         # the solver's tolerance may let a choice through that is slightly too expensive
