@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import rankprune as rp
-from rankprune.factorize import plan_of
+from rankprune.low_rank import plan_of
 
 FOLDER = Path(__file__).parents[1] / "examples"
 EXAMPLES = ["accelerate_loop.py", "hf_trainer.py", "lightning_trainer.py", "plain_pytorch.py"]

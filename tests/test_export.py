@@ -38,7 +38,7 @@ from rankprune import (
     make_plan,
 )
 from rankprune.export import onnx_difference, with_batch
-from rankprune.factorize import LowRank, low_rank_layers
+from rankprune.low_rank import LowRank, low_rank_layers
 
 EXACT = 1e-5
 

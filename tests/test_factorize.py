@@ -41,7 +41,8 @@ from rankprune import (
     make_plan,
     plan_of,
 )
-from rankprune.factorize import factor_skeleton, low_rank_layers
+from rankprune.factorize import factor_skeleton
+from rankprune.low_rank import low_rank_layers
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "small_cnn": (small_cnn, (2, 3, 12, 12)),

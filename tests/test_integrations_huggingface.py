@@ -23,7 +23,7 @@ from rankprune import (
     plan_of,
     save,
 )
-from rankprune.factorize import low_rank_layers
+from rankprune.low_rank import low_rank_layers
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -19,8 +19,8 @@ from torch import nn
 
 from cases import TiedLinears, cnn_input, small_cnn
 from rankprune import ConfigError, FixedRank, LatencyTable, LayerSpec, Runtime, latency, make_plan
-from rankprune.factorize import low_rank_layers
 from rankprune.latency import DENSE, Clock, Request, default_cache, timings
+from rankprune.low_rank import low_rank_layers
 from runs import exit_code, in_child
 
 EAGER = Runtime(backend="eager", threads=1)

@@ -48,8 +48,8 @@ from rankprune import (
     save,
     serialize,
 )
-from rankprune.factorize import low_rank_layers
 from rankprune.files import file_sha256
+from rankprune.low_rank import low_rank_layers
 from runs import equal, exit_code, in_child
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"

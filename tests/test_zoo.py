@@ -28,7 +28,7 @@ from torchvision import models
 from cases import relative_error
 from conftest import Trials
 from rankprune import Plan, Ratio, factorize, load, make_plan, profile, save
-from rankprune.factorize import low_rank_layers
+from rankprune.low_rank import low_rank_layers
 from rankprune.profile import ExampleInputs, call
 from rankprune.schemes import applicable
 from rankprune.survey import survey

@@ -17,7 +17,7 @@ from images import Cifar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rankprune.factorize import LowRank, low_rank_layers
+from rankprune.low_rank import LowRank, low_rank_layers
 
 #: Images, labels and the model to the loss.
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]

@@ -35,10 +35,11 @@ if TYPE_CHECKING:
         RankPruneError,
     )
     from rankprune.export import export_onnx
-    from rankprune.factorize import LowRank, defactorize, factorize, plan_of
+    from rankprune.factorize import defactorize, factorize
     from rankprune.fold import fold
     from rankprune.latency import LatencyTable
     from rankprune.layers import LayerSpec
+    from rankprune.low_rank import LowRank, plan_of
     from rankprune.options import TRP
     from rankprune.overrides import LayerConfig
     from rankprune.plan import LayerPlan, Plan
@@ -124,10 +125,11 @@ _MODULES = {
     "errors": "BudgetError ConfigError ExportError FileError LayerError MissingExtraError "
     "NumericsError PlanError RankPruneError",
     "export": "export_onnx",
-    "factorize": "LowRank defactorize factorize plan_of",
+    "factorize": "defactorize factorize",
     "fold": "fold",
     "latency": "LatencyTable",
     "layers": "LayerSpec",
+    "low_rank": "LowRank plan_of",
     "options": "TRP",
     "overrides": "LayerConfig",
     "plan": "LayerPlan Plan",

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
-from torch.utils._pytree import tree_map_only
 
 from rankprune.calibrate import Stats, check_stats
 from rankprune.errors import ConfigError, NumericsError, PlanError, naming, near
 from rankprune.layers import LayerSpec
 from rankprune.linalg import Decomposition, check_finite
+from rankprune.low_rank import LowRank, low_rank_layers, weight_of
 from rankprune.moments import Moment
 from rankprune.plan import LayerPlan, Plan
-from rankprune.profile import count_params
 from rankprune.schemes import SCHEMES
 from rankprune.sharded import is_sharded
 from rankprune.survey import tensor_key
@@ -36,116 +32,6 @@ _HOOKS = (
     "_backward_hooks",
     "_is_full_backward_hook",
 )
-
-
-class LowRank(nn.Sequential):
-    """A factorised layer: two plain torch layers in a row, and the plan that they come from.
-
-    Attributes:
-        layer: what was planned for the layer.
-    """
-
-    def __init__(self, first: nn.Module, second: nn.Module, layer: LayerPlan) -> None:
-        super().__init__(first, second)
-        self.layer = layer
-
-    def extra_repr(self) -> str:
-        return f"scheme={self.layer.scheme}, rank={self.layer.rank}"
-
-    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """As the dense layer: only transposed convolutions are asked for an output size."""
-        if output_size is None:
-            return super().forward(input)
-        for factor in self:
-            if isinstance(factor, _ConvTransposeNd):
-                input = factor(input, _own_size(factor, input, output_size))
-            else:
-                input = factor(input)
-        return input
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense layer's weight, for code that reads it instead of calling the layer."""
-        # a compiler drops a product of which only the dtype is used
-        return self.product() if torch.compiler.is_compiling() else ReadWeight.of(self)
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The dense layer's bias."""
-        bias = self[1].bias
-        assert bias is None or isinstance(bias, nn.Parameter)
-        return bias
-
-    def __getattr__(self, name: str) -> Any:
-        # not self.layer: while a copy is unpickled it has none
-        layer: LayerPlan | None = self.__dict__.get("layer")
-        if layer is not None and layer.spec is not None and name in layer.spec.attributes:
-            return layer.spec.attributes[name]
-        return super().__getattr__(name)
-
-    @torch.no_grad()
-    def dense_weight(self) -> Tensor:
-        """The weight of the dense layer that computes the same, in that layer's shape."""
-        return self.product()
-
-    def product(self) -> Tensor:
-        """The same, with gradients to the factors."""
-        spec, scheme = self.layer.spec, SCHEMES[str(self.layer.scheme)]
-        assert spec is not None
-        first, second = _weight(self[0]), _weight(self[1])
-        working = first.dtype if first.dtype == torch.float64 else torch.float32
-        left, right = scheme.factor_matrices(spec, first.to(working), second.to(working))
-        return scheme.from_matrix(spec, left @ right).to(first.dtype)
-
-
-def _own_size(factor: _ConvTransposeNd, input: Tensor, wanted: Sequence[int]) -> list[int]:
-    """What is wanted along the axes that this factor changes; the others stay as they are."""
-    here = input.shape[-len(factor.stride) :]
-    axes = zip(factor.kernel_size, factor.stride, factor.padding, strict=True)
-    return [
-        side if axis == (1, 1, 0) else size
-        for side, size, axis in zip(here, wanted[-len(here) :], axes, strict=True)
-    ]
-
-
-class ReadWeight(Tensor):
-    """`LowRank.weight`: multiplied out only where something computes with it.
-
-    Most code that reads a layer's weight asks for its dtype, device or shape and nothing else.
-    """
-
-    _low_rank: LowRank
-
-    @classmethod
-    def of(cls, low_rank: LowRank) -> ReadWeight:
-        """The weight of a factorised layer."""
-        spec = low_rank.layer.spec
-        assert spec is not None
-        # one number that looks like the whole weight: the right dtype, device and shape for nothing
-        weight = _weight(low_rank[0]).new_full((), torch.nan).expand(spec.weight_shape)
-        read = weight.as_subclass(cls)
-        read._low_rank = low_rank
-        return read
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in _DESCRIPTIONS:
-            return super().__torch_function__(func, types, args, kwargs)
-        args, kwargs = tree_map_only(
-            cls, lambda read: read._low_rank.product(), (args, kwargs or {})
-        )
-        return func(*args, **kwargs)
-
-
-_DESCRIPTIONS: set[Any] = {
-    Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    Tensor.device.__get__,
-    Tensor.shape.__get__,  # type: ignore[attr-defined]
-    Tensor.size,
-    Tensor.is_floating_point,
-}
 
 
 def factorize(
@@ -187,13 +73,13 @@ def factorize(
         )
     layers = check_plan(model, plan.factorized)
     for entry in plan.factorized:
-        check_finite(_weight(layers[entry.name]), entry.name)
+        check_finite(weight_of(layers[entry.name]), entry.name)
     stats = check_stats(model, stats)
     if not inplace:
         model = copy.deepcopy(model)
     for entry in plan.factorized:
         moment = stats.moments.get(entry.name)
-        before = _weight(model.get_submodule(entry.name)).detach()
+        before = weight_of(model.get_submodule(entry.name)).detach()
         _factorize_layer(model, entry, moment)
         if moment is not None and moment.centred:
             _keep_mean(model, entry, before, moment, stats.norms.get(entry.name))
@@ -233,7 +119,7 @@ def factor_skeleton(model: nn.Module, layers: Iterable[LayerPlan]) -> None:
     """Replace layers by factors with uninitialised weights, in place; a loader fills them."""
     for entry in layers:
         dense = model.get_submodule(entry.name)
-        weight = _weight(dense)
+        weight = weight_of(dense)
         factors = [spec.build(device=weight.device, dtype=weight.dtype) for spec in entry.factors()]
         for parameter in (p for factor in factors for p in factor.parameters()):
             parameter.requires_grad_(weight.requires_grad)
@@ -263,7 +149,7 @@ def defactorize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for name, low_rank in low_rank_layers(model).items():
         spec = low_rank.layer.spec
         assert spec is not None
-        weight = _weight(low_rank[0])
+        weight = weight_of(low_rank[0])
         dense = spec.build(device=weight.device, dtype=weight.dtype)
         if id(weight) in composed:
             dense.weight = composed[id(weight)]
@@ -271,7 +157,7 @@ def defactorize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             values = low_rank.dense_weight()
             # a Hugging Face Conv1D comes back as nn.Linear, whose weight is transposed
             _set(dense, "weight", values.T if spec.kind == "hf_conv1d" else values, weight)
-            composed[id(weight)] = _weight(dense)
+            composed[id(weight)] = weight_of(dense)
         bias = low_rank[1].bias
         if isinstance(bias, nn.Parameter):
             dense.bias = bias
@@ -281,26 +167,6 @@ def defactorize(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         if isinstance(getattr(module, "hf_quantizer", None), Unprepared):
             del module.hf_quantizer
     return model
-
-
-def low_rank_layers(model: nn.Module) -> dict[str, LowRank]:
-    """The factorised layers of a model, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LowRank)}
-
-
-def plan_of(model: nn.Module) -> Plan:
-    """The plan of a factorised model's `LowRank` layers; layers left dense are not listed."""
-    # names as they are here: the model may be a part of the one that was factorised, or hold it
-    sharing: defaultdict[int, list[str]] = defaultdict(list)
-    found = low_rank_layers(model)
-    for name, low_rank in found.items():
-        sharing[id(low_rank[0].weight)].append(name)
-    layers = [
-        replace(found[first].layer, name=first, tied=tuple(tied))
-        for first, *tied in sharing.values()
-    ]
-    saved = sum(layer.dense_params - layer.params for layer in layers)
-    return Plan(layers=tuple(layers), dense_params=count_params(model) + saved)
 
 
 def check_plan(model: nn.Module, layers: Iterable[LayerPlan]) -> dict[str, nn.Module]:
@@ -329,7 +195,7 @@ def check_plan(model: nn.Module, layers: Iterable[LayerPlan]) -> dict[str, nn.Mo
             weight = modules[name].weight
             if not isinstance(weight, nn.Parameter):
                 raise PlanError(f"layer {name!r}: its weight is not a parameter of its own")
-            first = _weight(found[layer.name])
+            first = weight_of(found[layer.name])
             alike = is_sharded(weight) or weight.stride() == first.stride()
             if tensor_key(weight) != tensor_key(first) or not alike:
                 raise PlanError(
@@ -352,7 +218,7 @@ def _factorize_layer(model: nn.Module, entry: LayerPlan, moment: Moment | None) 
     assert spec is not None
     assert rank is not None
     dense = model.get_submodule(entry.name)
-    weight = _weight(dense)
+    weight = weight_of(dense)
     with torch.no_grad(), naming(entry.name):
         if moment is not None:
             left, right = Whitened(spec, scheme, weight, moment, entry.name).factors(rank)
@@ -424,17 +290,11 @@ def _place(model: nn.Module, entry: LayerPlan, first: nn.Module, second: nn.Modu
 def _sharing(module: nn.Module) -> nn.Module:
     """A module of the same kind that holds the same weight."""
     spec = LayerSpec.of(module)
-    weight = _weight(module)
+    weight = weight_of(module)
     assert spec is not None
     twin = spec.build(device=weight.device, dtype=weight.dtype)
     twin.weight = weight
     return twin
-
-
-def _weight(module: nn.Module) -> nn.Parameter:
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
 
 
 def _set(module: nn.Module, name: str, values: Tensor, like: nn.Parameter) -> None:

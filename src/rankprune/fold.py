@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from rankprune.errors import ExportError, reason
-from rankprune.factorize import LowRank, low_rank_layers, swap
+from rankprune.factorize import swap
 from rankprune.layers import LayerSpec
+from rankprune.low_rank import LowRank, low_rank_layers
 from rankprune.profile import ExampleInputs, arguments
 from rankprune.schemes import SCHEMES
 

@@ -28,9 +28,10 @@ from torch import nn
 
 from rankprune.errors import ConfigError, FileError
 from rankprune.export import batch_of
-from rankprune.factorize import factor_skeleton, low_rank_layers
+from rankprune.factorize import factor_skeleton
 from rankprune.files import read_bytes, write_atomically
 from rankprune.layers import LayerSpec
+from rankprune.low_rank import low_rank_layers
 from rankprune.plan import LayerPlan
 from rankprune.profile import ExampleInputs
 from rankprune.runtimes import Run, Runtime, alternate, fill_randomly

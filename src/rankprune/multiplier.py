@@ -16,8 +16,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from rankprune.factorize import LowRank
 from rankprune.layers import LayerSpec
+from rankprune.low_rank import LowRank
 
 
 class Repeat(nn.Module):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from rankprune._version import __version__
 from rankprune.errors import FileError
-from rankprune.factorize import LowRank, low_rank_layers, plan_of
 from rankprune.linalg import check_finite, singular_values
+from rankprune.low_rank import LowRank, low_rank_layers, plan_of
 from rankprune.plan import LayerPlan, Plan
 from rankprune.profile import ExampleInputs, Profile, call, evaluating, profile
 from rankprune.schemes import SCHEMES

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rankprune.errors import FileError, LayerError, PlanError
-from rankprune.factorize import check_plan, factor_skeleton, plan_of
+from rankprune.factorize import check_plan, factor_skeleton
 from rankprune.files import (
     commit,
     exclusive,
@@ -35,6 +35,7 @@ from rankprune.files import (
     temporary_file,
     write_atomically,
 )
+from rankprune.low_rank import plan_of
 from rankprune.plan import Plan
 
 PLAN = "plan.json"

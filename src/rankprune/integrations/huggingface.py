@@ -22,13 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.errors import ConfigError, MissingExtraError, PlanError
-from rankprune.factorize import (
-    Unprepared,
-    check_plan,
-    factor_skeleton,
-    low_rank_layers,
-    plan_of,
-)
+from rankprune.factorize import Unprepared, check_plan, factor_skeleton
+from rankprune.low_rank import low_rank_layers, plan_of
 from rankprune.plan import LayerPlan, Plan
 
 try:

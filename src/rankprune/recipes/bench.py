@@ -16,10 +16,11 @@ from torch import nn
 
 from rankprune.errors import ConfigError, RankPruneError
 from rankprune.export import batch_of, onnx_program
-from rankprune.factorize import defactorize, low_rank_layers
+from rankprune.factorize import defactorize
 from rankprune.fold import fold
 from rankprune.latency import timings
 from rankprune.layers import LayerSpec
+from rankprune.low_rank import low_rank_layers
 from rankprune.profile import ExampleInputs, count_bytes, profile
 from rankprune.runtimes import BACKENDS, OnnxBackend, Run, Runtime
 from rankprune.tables import format_count, format_ms, format_table

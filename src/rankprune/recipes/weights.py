@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from rankprune.errors import ConfigError, FileError
-from rankprune.factorize import check_plan, factor_skeleton, low_rank_layers
+from rankprune.factorize import check_plan, factor_skeleton
 from rankprune.files import reporting
+from rankprune.low_rank import low_rank_layers
 from rankprune.plan import Plan
 from rankprune.recipes.checkpoint import is_checkpoint, read_checkpoint
 from rankprune.serialize import compare_shapes, load, read_tensors, shapes
