@@ -181,6 +181,8 @@ def main() -> None:
         "every": EVERY,
         "learning_rate": options.learning_rate,
         "device": options.device,
+        "periods": 2 if options.quick else options.periods,
+        "repeats": 1 if options.quick else options.repeats,
     }
     # a GPU's libraries start with their first call
     torch.linalg.svd(torch.randn(8, 8, device=options.device))

@@ -90,8 +90,7 @@ def measure(network: Network, options: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for name, step in steps.items():
         # the first projection is a cold one, and on a GPU some more come before they are recorded
-        recorded = options.device != "cpu" and name in ("m20", "m1")
-        for _ in range(20 * (BEFORE + 1) + 2 if recorded else 2):
+        for _ in range(2 if options.device == "cpu" or name == "authors" else 20 * (BEFORE + 1)):
             step()
     counts = {name: options.authors_steps if name == "authors" else 20 for name in steps}
     # step by step on a CPU; a GPU is not to be waited for within a block

@@ -53,6 +53,25 @@ def test_without_standard_output() -> None:
     assert done.stderr == "went on"
 
 
+def test_in_two_threads_at_a_time() -> None:
+    """The second one in finds the output redirected, and leaves last."""
+    done = _run(
+        """
+        import os
+        from rankprune.c_stdout import c_stdout_to_stderr
+
+        first, second = c_stdout_to_stderr(), c_stdout_to_stderr()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        os.write(1, b"noise")
+        second.__exit__(None, None, None)
+        os.write(1, b"back")
+        """
+    )
+    assert (done.stdout, done.stderr) == ("back", "noise")
+
+
 def test_budgets_are_solved_so() -> None:
     """The solver itself prints too rarely to wait for."""
     done = _run(

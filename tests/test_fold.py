@@ -57,6 +57,18 @@ class _WithoutItsBias(nn.Module):
         return self.norm(nn.functional.conv2d(x, self.conv.weight))
 
 
+class _TwoNames(nn.Module):
+    """Its layers are called by another name than the one that their weights are stored under."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8))
+        self.stages = nn.ModuleList([self.first])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x)
+
+
 class _Twice(nn.Module):
     """One layer, called twice, with a BatchNorm after the second call only."""
 
@@ -138,6 +150,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, int, int]] = {
     ),
     "residual": (_Residual, _image(), 2, 2),
     "called twice": (_Twice, _image(), 2, 2),
+    "two names": (_TwoNames, _image(), 2, 1),
     "weight taken": (_WithoutItsBias, _image(), 2, 2),
     "no statistics": (
         lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)),

@@ -5,7 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+
+_setting = threading.Lock()
+_inside: list[None] = []
+_restore: list[Callable[[], None]] = []
 
 
 @contextlib.contextmanager
@@ -14,21 +19,39 @@ def c_stdout_to_stderr() -> Iterator[None]:
 
     HiGHS now and then leaves a line of debugging on standard output, silenced or not (issue 312 of
     HiGHS.jl), where the command line may be about to print JSON.
+
+    What other threads print meanwhile goes there too. It comes back when the last of those that
+    are inside leaves.
     """
+    with _setting:
+        if not _restore:
+            _restore.append(_redirected())
+        _inside.append(None)
+    try:
+        yield
+    finally:
+        with _setting:
+            _inside.pop()
+            if not _inside:
+                _restore.pop()()
+
+
+def _redirected() -> Callable[[], None]:
+    """Redirect, and return what undoes it."""
     try:
         kept = os.dup(1)
     except OSError:  # there is none
-        yield
-        return
-    try:
-        _flush()
-        with contextlib.suppress(OSError):
-            os.dup2(2, 1)
-        yield
-    finally:
+        return lambda: None
+    _flush()
+    with contextlib.suppress(OSError):
+        os.dup2(2, 1)
+
+    def restore() -> None:
         _flush()
         os.dup2(kept, 1)
         os.close(kept)
+
+    return restore
 
 
 def _flush() -> None:

@@ -38,8 +38,9 @@ STEPS = 8
 # on a GPU, nor in lockstep with some others.
 SMALLEST_SIDE = 96
 ENOUGH = 6
-# So few matrices below that side a CPU decomposes before a GPU has, sent to and fro.
+# So few matrices below that side, of so many entries, a CPU decomposes before a GPU has.
 FEW = 2
+LITTLE = 2**16
 # What goes in lockstep at a time: bytes of matrices (on a GPU; elsewhere the above), and of what is
 # rank × rank, filled up.
 WAVE_BYTES = 512 * 2**20
@@ -275,7 +276,8 @@ def _project_chunk(jobs: Mapping[int, Job], chunk: list[int]) -> Iterator[tuple[
     if not parts:
         return
     device = matrix.device
-    if matrix.is_cuda and min(matrix.shape[-2:]) < SMALLEST_SIDE and len(matrix) <= FEW:
+    few = len(matrix) <= FEW and matrix.numel() <= LITTLE
+    if matrix.is_cuda and min(matrix.shape[-2:]) < SMALLEST_SIDE and few:
         matrix = matrix.cpu()
     for index, projected in _by_decomposition(jobs, parts, matrix):
         yield index, projected.to(device)

@@ -79,6 +79,7 @@ def _pairs(model: nn.Module, inputs: ExampleInputs) -> list[tuple[str, str]]:
         ) from error
     signature = program.graph_signature
     stored = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    modules = dict(model.named_modules(remove_duplicate=False))
     names: dict[Any, str] = {}
     pairs = []
     for node in program.graph.nodes:
@@ -88,7 +89,7 @@ def _pairs(model: nn.Module, inputs: ExampleInputs) -> list[tuple[str, str]]:
         # BatchNorm has a running mean even where it has no weight
         tensor = node.args[3 if operator == "aten::batch_norm" else 1]
         name = stored.get(getattr(tensor, "name", ""), "").rpartition(".")[0]
-        if not name or len(tensor.users) > 1 or not _called(node, name):
+        if not name or len(tensor.users) > 1 or not _called(node, modules, name):
             continue
         source = node.args[0]
         # BatchNorm looks at the second dimension, which is not always a linear layer's outputs
@@ -100,10 +101,11 @@ def _pairs(model: nn.Module, inputs: ExampleInputs) -> list[tuple[str, str]]:
     return pairs
 
 
-def _called(node: Any, name: str) -> bool:
+def _called(node: Any, modules: dict[str, nn.Module], name: str) -> bool:
     """Whether it is the layer that computes this, not a model that takes its weight."""
-    modules = node.meta.get("nn_module_stack") or {"": ("", None)}
-    return str(list(modules.values())[-1][0]) == name
+    stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+    caller = str(list(stack.values())[-1][0])
+    return modules.get(caller) is modules[name]  # which may have several names
 
 
 def _is_linear(node: Any) -> bool:

@@ -8,7 +8,7 @@ GPU rounds are recorded and replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import compress
 
@@ -36,7 +36,7 @@ _FILLED, _LITTLE = 2, 2**20
 _LITTLE_ON_CPU = 2**16
 # On a CPU matrices of so many entries gain less by a stack than copying them costs.
 _STACKED = 2**18
-# On a GPU a round of matrices of no more entries in all is recorded, which keeps several copies.
+# On a GPU rounds of no more entries in all are recorded, which keeps several copies of them.
 _REPLAYED = 2**24
 
 
@@ -68,7 +68,8 @@ def project_together(tasks: Sequence[Task]) -> tuple[dict[int, Outcome], set[int
     """
     done: dict[int, Outcome] = {}
     states: dict[int, _State] = {}
-    groups, looked, results = _first_round(tasks)
+    replay = on_gpu(tasks[0].start) and sum(task.matrices.numel() for task in tasks) <= _REPLAYED
+    groups, looked, results = _first_round(tasks, replay)
     for number in range(1, ROUNDS + 1):
         states.update(_read(groups, looked))
         finished = [any(states[i].sure for i in group.places) for group in groups]
@@ -83,7 +84,7 @@ def project_together(tasks: Sequence[Task]) -> tuple[dict[int, Outcome], set[int
         if number == ROUNDS or states.keys() <= settled:
             break
         groups = [group for group in groups if not group.places.keys() <= settled]
-        groups, looked, results = _further_round(groups)
+        groups, looked, results = _further_round(groups, replay)
     return done, {i for i, state in states.items() if state.sound and i not in done}
 
 
@@ -108,8 +109,8 @@ class _State:
 _Round = tuple[list["Group"], Tensor, "list[Result] | None"]
 
 
-def _first_round(tasks: Sequence[Task]) -> _Round:
-    if not _to_be_replayed(task.matrices for task in tasks):
+def _first_round(tasks: Sequence[Task], replay: bool) -> _Round:
+    if not replay:
         groups = _grouped(tasks)
         return groups, one_round(groups), None
     wanted = tuple(task.polar for task in tasks)
@@ -123,7 +124,7 @@ def _first_round(tasks: Sequence[Task]) -> _Round:
     return _by_graph(compute, tensors, ("first", wanted))
 
 
-def _further_round(groups: Sequence[Group]) -> _Round:
+def _further_round(groups: Sequence[Group], replay: bool) -> _Round:
     tensors = [tensor for g in groups for tensor in (g.matrices, g.factor, g.total)]
 
     def begun(tensors: Sequence[Tensor]) -> list[Group]:
@@ -134,7 +135,7 @@ def _further_round(groups: Sequence[Group]) -> _Round:
         others = begun(tensors)
         return others, one_round(others), results_of(others)
 
-    if not _to_be_replayed(group.matrices for group in groups):
+    if not replay:
         others = begun(tensors)
         return others, one_round(others), None
     where = [(i, p.start, p.stop) for g in groups for i, p in g.places.items()]
@@ -147,11 +148,6 @@ def _by_graph(
 ) -> _Round:
     found: _Round | None = replayed(compute, tensors, key=key)
     return compute(tensors) if found is None else found
-
-
-def _to_be_replayed(matrices: Iterable[Tensor]) -> bool:
-    every = list(matrices)
-    return on_gpu(every[0]) and sum(matrix.numel() for matrix in every) <= _REPLAYED
 
 
 def _grouped(tasks: Sequence[Task]) -> list[Group]:
