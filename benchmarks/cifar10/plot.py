@@ -57,7 +57,8 @@ def main() -> None:
     mpl.rcParams["svg.hashsalt"] = "rankprune"  # the same file for the same rows
     groups: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in means(json.loads((HERE / "results.json").read_text())):
-        if row["epochs"] and row["start"] != "random":
+        # what one view taught is in the table
+        if row["epochs"] and row["start"] != "random" and row["views"] != 1:
             groups[row["model"], row["epochs"]].append(row)
     for model in sorted({model for model, _ in groups}):
         # of what was trained alike, where most methods were
