@@ -5,39 +5,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-_setting = threading.Lock()
-_inside: list[None] = []
-_restore: list[Callable[[], None]] = []
+from rankprune.process_setting import ProcessSetting
 
 
-@contextlib.contextmanager
-def c_stdout_to_stderr() -> Iterator[None]:
+def c_stdout_to_stderr() -> contextlib.AbstractContextManager[None]:
     """Send the standard output of the process, C's buffer included, to standard error.
 
     HiGHS now and then leaves a line of debugging on standard output, silenced or not (issue 312 of
-    HiGHS.jl), where the command line may be about to print JSON.
-
-    What other threads print meanwhile goes there too. It comes back when the last of those that
-    are inside leaves.
+    HiGHS.jl), where the command line may be about to print JSON. What other threads print meanwhile
+    goes there too.
     """
-    with _setting:
-        if not _restore:
-            _restore.append(_redirected())
-        _inside.append(None)
-    try:
-        yield
-    finally:
-        with _setting:
-            _inside.pop()
-            if not _inside:
-                _restore.pop()()
+    return _OUTPUT.changed()
 
 
-def _redirected() -> Callable[[], None]:
-    """Redirect, and return what undoes it."""
+def _redirect() -> Callable[[], None]:
     try:
         kept = os.dup(1)
     except OSError:  # there is none
@@ -58,3 +41,6 @@ def _flush() -> None:
     """C's buffers; where its library is not found by this name, they stay as they are."""
     with contextlib.suppress(OSError, TypeError, AttributeError):
         ctypes.CDLL(None).fflush(None)
+
+
+_OUTPUT = ProcessSetting(_redirect)

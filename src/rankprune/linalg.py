@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import threading
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rankprune.errors import LayerError, NumericsError
+from rankprune.process_setting import ProcessSetting
 
 RESIDUAL_PROMISE = 1.0001
 # ... and, of a result in fp32, of ‖M‖_F
@@ -71,30 +71,15 @@ def check_finite(tensor: Tensor, name: str) -> None:
 def full_precision() -> Iterator[None]:
     """Products of fp32 in fp32, whatever the training has allowed (TF32, bf16, autocast).
 
-    All but autocast is the process's: what other threads compute meanwhile is as precise. It comes
-    back when the last of those that are inside leaves.
+    All but autocast is the process's: what other threads compute meanwhile is as precise.
     """
-    with _setting:
-        if not _restore:
-            _restore.append(_forbid_reduced())
-        _inside.append(None)
-    try:
-        with contextlib.ExitStack() as stack:
-            accelerator = torch.accelerator.current_accelerator()
-            kinds = {"cpu", "cuda", *([accelerator.type] if accelerator else [])}
-            for kind in filter(torch.is_autocast_enabled, sorted(kinds)):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            yield
-    finally:
-        with _setting:
-            _inside.pop()
-            if not _inside:
-                _restore.pop()()
-
-
-_setting = threading.Lock()
-_inside: list[None] = []
-_restore: list[Callable[[], None]] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_PRECISION.changed())
+        accelerator = torch.accelerator.current_accelerator()
+        kinds = {"cpu", "cuda", *([accelerator.type] if accelerator else [])}
+        for kind in filter(torch.is_autocast_enabled, sorted(kinds)):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _forbid_reduced() -> Callable[[], None]:
@@ -122,6 +107,9 @@ def _forbid_reduced() -> Callable[[], None]:
                 backend.fp32_precision = precision
 
     return restore
+
+
+_PRECISION = ProcessSetting(_forbid_reduced)
 
 
 class Decomposition:
