@@ -160,6 +160,21 @@ def test_results_say_how_they_were_measured(path: Path) -> None:
             assert result[condition], condition
 
 
+def test_one_command_makes_every_committed_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "cifar10"))
+    monkeypatch.setenv("WEIGHTS", "weights")
+    run = importlib.import_module("run")
+    parser, folder = run._parser(), BENCHMARKS / "cifar10"
+    grid = parser.parse_args(["--grid", str(folder / "committed.txt")])
+    asked = {(row.args.results.name, *row.key.values()) for row in run._asked(parser, grid)}
+    committed = {
+        (name, *(row[key] for key in run.KEY))
+        for name in ("results.json", "validation.json")
+        for row in json.loads((folder / name).read_text())
+    }
+    assert asked == committed
+
+
 def test_cifar10_composed_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU computes in the factors' place gives their outputs and their gradients."""
     monkeypatch.syspath_prepend(str(BENCHMARKS / "cifar10"))

@@ -28,8 +28,7 @@ class Case:
         target: FLOPs of the dense network / FLOPs asked for.
         network: name of the dense network in `NETWORKS`.
         source: where the data set was read from, for peers to read it themselves.
-        views: of an image that the dense network answers to, where it teaches: 2 with the mirror
-            image.
+        mirrored: whether the dense network, where it teaches, answers to mirror images as well.
     """
 
     trained: nn.Module
@@ -38,7 +37,7 @@ class Case:
     target: float
     network: str
     source: str
-    views: int = 2
+    mirrored: bool = True
 
     @property
     def example(self) -> Tensor:
@@ -72,7 +71,7 @@ class Case:
             soft=answers,
             match=match,
             temperature=temperature,
-            mirrored=self.views == 2,
+            mirrored=self.mirrored,
         )
         return lambda model, images, labels: teacher(model, images, labels)[0]
 

@@ -6,7 +6,9 @@ import statistics
 from collections import defaultdict
 from typing import Any
 
-ALIKE = ("model", "start", "method", "target", "epochs", "lr", "views")
+#: Ends the names of methods whose teacher saw no mirror images, as in the recipe until then.
+ONE_VIEW = "-one-view"
+ALIKE = ("model", "start", "method", "target", "epochs", "lr")
 MEASURED = (
     "accuracy",
     "dense_accuracy",
@@ -14,11 +16,6 @@ MEASURED = (
     "flops_reduction",
     "params_reduction",
 )
-
-
-def titled(row: dict[str, Any]) -> str:
-    """The method, and that its teacher saw no mirror images."""
-    return f"{row['method']} (one view)" if row["views"] == 1 else str(row["method"])
 
 
 def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

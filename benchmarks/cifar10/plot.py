@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from means import means, titled
+from means import ONE_VIEW, means
 
 mpl.use("svg")
 from matplotlib import pyplot as plt
@@ -25,9 +25,9 @@ IMAGES = HERE.parent.parent / "docs" / "images"
 def plot(model: str, rows: list[dict[str, Any]], file: Path) -> None:
     """Draw one line a method, and the dense network as a level."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    best = {name: max(r["accuracy"] for r in rows if titled(r) == name) for name in _names(rows)}
+    best = {name: max(r["accuracy"] for r in rows if r["method"] == name) for name in _names(rows)}
     for index, name in enumerate(sorted(best, key=lambda name: -best[name])):
-        own = sorted((r["flops_reduction"], r["accuracy"]) for r in rows if titled(r) == name)
+        own = sorted((r["flops_reduction"], r["accuracy"]) for r in rows if r["method"] == name)
         if name == "dense":
             axes.axhline(own[0][1], color="0.6", linestyle=":", label=name)
             continue
@@ -50,15 +50,16 @@ def plot(model: str, rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def _names(rows: list[dict[str, Any]]) -> set[str]:
-    return {titled(row) for row in rows}
+    return {row["method"] for row in rows}
 
 
 def main() -> None:
     mpl.rcParams["svg.hashsalt"] = "rankprune"  # the same file for the same rows
     groups: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in means(json.loads((HERE / "results.json").read_text())):
-        # what one view taught is in the table
-        if row["epochs"] and row["start"] != "random" and row["views"] != 1:
+        # the older recipe is in the table
+        older = row["method"].endswith(ONE_VIEW)
+        if row["epochs"] and row["start"] != "random" and not older:
             groups[row["model"], row["epochs"]].append(row)
     for model in sorted({model for model, _ in groups}):
         # of what was trained alike, where most methods were

@@ -36,13 +36,13 @@ from _harness import conditions  # noqa: E402
 from case import Case, Result  # noqa: E402
 from images import Cifar, Part, accuracy, load  # noqa: E402
 from loop import Training  # noqa: E402
-from methods import METHODS, TAUGHT, UNTARGETED, UNTRAINED  # noqa: E402
+from methods import METHODS, UNTARGETED, UNTRAINED  # noqa: E402
 from networks import NETWORKS, build  # noqa: E402
 
 import rankprune as rp  # noqa: E402
 
 #: What tells rows apart.
-KEY = ("model", "start", "method", "target", "epochs", "lr", "views", "seed")
+KEY = ("model", "start", "method", "target", "epochs", "lr", "seed")
 
 
 def measured(case: Case, result: Result, part: Part) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class Row:
             epochs=args.epochs, lr=args.lr, batch=args.batch, seed=seed, bf16=not args.fp32
         )
         model = build(args.model, args.weights, seed).to(args.device)
-        case = Case(model, data, training, self.target, args.model, args.data, args.views)
+        case = Case(model, data, training, self.target, args.model, args.data)
         started = time.perf_counter()
         result = METHODS[self.key["method"]](case)
         minutes = (time.perf_counter() - started) / 60
@@ -184,13 +184,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--batch", type=int, default=Training.batch)
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
-    parser.add_argument(
-        "--views",
-        type=int,
-        choices=(1, 2),
-        default=2,
-        help="of an image that the dense network answers to: 2 with its mirror image",
-    )
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 in training")
     parser.add_argument("--validate", action="store_true", help="for choosing: see above")
     parser.add_argument("--again", action="store_true", help="rows that are there already as well")
@@ -223,7 +216,6 @@ def _asked(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Iterato
             "target": None if method in UNTARGETED else target,
             "epochs": epochs,
             "lr": args.lr if epochs else None,
-            "views": args.views if method in TAUGHT else None,
             "seed": seed,
         }
         yield Row(key, target, args)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from case import Method
+from dataclasses import replace
+
+from case import Case, Method, Result
+from means import ONE_VIEW
 
 from methods import (
     ablations,
@@ -16,6 +19,16 @@ from methods import (
     trp_paper,
 )
 
+
+def one_view(method: Method) -> Method:
+    """The dense network that teaches answers to each image alone, not to its mirror image too."""
+
+    def run(case: Case) -> Result:
+        return method(replace(case, mirrored=False))
+
+    return run
+
+
 METHODS: dict[str, Method] = {
     **dense.METHODS,
     **one_shot.METHODS,
@@ -27,12 +40,13 @@ METHODS: dict[str, Method] = {
     **ablations.METHODS,
     **peers.METHODS,
 }
+METHODS |= {
+    name + ONE_VIEW: one_view(method)
+    for module in (fine_tuned, ours, ablations)
+    for name, method in module.METHODS.items()
+}
 
 #: Without training: their rows have 0 epochs.
 UNTRAINED = set(one_shot.METHODS)
 #: Whatever FLOPs come of them: their rows have no target.
 UNTARGETED = {*dense.METHODS, *trp_paper.METHODS, *trp_authors.METHODS}
-#: The dense network teaches: their rows say by how many views of an image.
-TAUGHT = {
-    name for name in METHODS if "distilled" in name or "matched" in name or name.startswith("ours")
-} - {"ours-labels-only"}
