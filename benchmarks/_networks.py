@@ -92,9 +92,12 @@ NETWORKS = {
         lambda: _timm("vit_base_patch16_224"), 4, (3, 224, 224), ("linear",), adamw
     ),
     "llama_7b_block": Network(LlamaBlock, 1, (64, 4096), ("linear",), adamw),
-    # one matrix of that block, 11008×4096
-    "llama_7b_matrix": Network(
+    # 11008×4096, and 4096×11008, for which `svd` takes twice as long
+    "llama_7b_up": Network(
         lambda: nn.Sequential(nn.Linear(4096, 11008)), 64, (4096,), ("linear",), adamw
+    ),
+    "llama_7b_down": Network(
+        lambda: nn.Sequential(nn.Linear(11008, 4096)), 64, (11008,), ("linear",), adamw
     ),
 }
 

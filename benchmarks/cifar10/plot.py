@@ -34,7 +34,7 @@ def plot(model: str, rows: list[dict[str, Any]], file: Path) -> None:
         ours = name == "ours"
         axes.plot(
             *zip(*own, strict=True),
-            marker="o" if ours else "sv^<>DPX*p"[index % 10],
+            marker="o" if ours else "sv^DPX*"[index % 7],
             color="black" if ours else f"C{index % 10}",
             linewidth=2 if ours else 1,
             label=name,
