@@ -16,7 +16,15 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def _results(prefix: str, suffix: str = "") -> dict[str, dict[str, Any]]:
-    order = ("resnet20", "resnet18", "resnet50", "vit_b_16", "llama_7b_block")
+    order = (
+        "resnet20",
+        "resnet18",
+        "resnet50",
+        "vit_b_16",
+        "llama_7b_block",
+        "llama_7b_down",
+        "llama_7b_up",
+    )
     paths = {name: RESULTS / f"{prefix}-{name}{suffix}.json" for name in order}
     return {name: json.loads(p.read_text()) for name, p in paths.items() if p.exists()}
 
