@@ -230,7 +230,7 @@ CALLS = {
     "os.fsync": (4, 3),
     "os.open": (3, 2),
     "save_file": (1, 1),
-    "Path.mkdir": (1, 1),
+    "Path.mkdir": (3, 3),
 }
 
 
@@ -300,7 +300,7 @@ def test_a_killed_save_leaves_the_old_model_or_the_new(tmp_path: Path) -> None:
     """100 times SIGKILL, spread over everything that a save asks of the system."""
     old, new = _compact(mlp, 0.2), _compact(mlp, 0.5)
     save(old, tmp_path)
-    events = {"open", "os.rename", "os.remove", "os.mkdir", "os.scandir", "os.listdir"}
+    events = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.scandir", "os.listdir"}
     outcomes = {"killed": 0, "old": 0, "new": 0}
     turn = (old, new)
     for attempt in range(100):
@@ -337,6 +337,10 @@ def test_stale_temporaries_are_removed_and_nothing_else(tmp_path: Path) -> None:
     kept = [".plan.json.tmp", "notes.tmp", ".hidden", "model-notes.safetensors.bak"]
     for name in stale + kept:
         (tmp_path / name).write_text("x")
+    half_written = tmp_path / ".model.safetensors.fedcba9876543210.tmp"
+    half_written.mkdir()
+    (half_written / WEIGHTS).write_text("x")
+    (half_written / ".tmpl1AVsX").write_text("x")  # safetensors' own
     save(_compact(mlp), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {*kept, WEIGHTS, PLAN}
 

@@ -70,11 +70,16 @@ def reporting(path: Path, verb: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def temporary_file(folder: Path, name: str) -> Iterator[Path]:
-    path = folder / f".{name}.{secrets.token_hex(8)}.tmp"
+    """Where to write a file before it is committed: in a folder of its own beside its place.
+
+    Who writes it may need temporaries too, as safetensors does; all of them go with the folder.
+    """
+    own = folder / f".{name}.{secrets.token_hex(8)}.tmp"
+    own.mkdir()
     try:
-        yield path
+        yield own / name
     finally:
-        path.unlink(missing_ok=True)
+        _remove_folder(own)
 
 
 def commit(temporary: Path, path: Path) -> None:
@@ -113,11 +118,20 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a file is one that a writer has not committed yet, or never will."""
+    """Whether a path holds what a writer has not committed yet, or never will."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def remove_stale(folder: Path) -> None:
     """Remove temporaries that a killed writer left behind."""
     for path in filter(is_temporary, folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            _remove_folder(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _remove_folder(folder: Path) -> None:
+    for path in folder.iterdir():
         path.unlink(missing_ok=True)
+    folder.rmdir()
