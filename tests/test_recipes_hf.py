@@ -161,7 +161,11 @@ def test_streaming_leaves_no_earlier_model_in_effect(tmp_path: Path, text: Path)
     dense = make_folder("llama", tmp_path / "dense")
     shutil.copytree(dense, tmp_path / "out")
     target = rp.FixedRank(3)
+    killed = tmp_path / "out" / ".model-layers-0.safetensors.0123456789abcdef.tmp"
+    killed.mkdir()
+    (killed / ".tmpl1AVsX").write_text("half a block")
     plan = compress_streaming(dense, tmp_path / "out", target, text=text, window=24, windows=4)
+    assert not killed.exists()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert rp.count_params(loaded) == plan.params
 

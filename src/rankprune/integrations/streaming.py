@@ -23,7 +23,14 @@ from rankprune.blocks import Block, find_blocks, walk
 from rankprune.budget import Budget
 from rankprune.errors import ConfigError, FileError, MissingExtraError
 from rankprune.factorize import factorize
-from rankprune.files import commit, read_bytes, reporting, temporary_file, write_atomically
+from rankprune.files import (
+    commit,
+    read_bytes,
+    remove_stale,
+    reporting,
+    temporary_file,
+    write_atomically,
+)
 from rankprune.integrations.huggingface import RankPruneConfig, state_with_ranks
 from rankprune.plan import LayerPlan, Plan
 from rankprune.planner import UNCHOSEN, make_plan, realise
@@ -159,6 +166,7 @@ def compress_streaming(
     written: dict[str, str] = {}
     with reporting(out, "write"):
         out.mkdir(parents=True, exist_ok=True)
+        remove_stale(out)
         for file in (INDEX, SINGLE):  # an earlier model's, which would be one of mixed blocks
             (out / file).unlink(missing_ok=True)
         for block in walk(model, batches, prefix):
