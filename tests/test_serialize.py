@@ -230,7 +230,7 @@ CALLS = {
     "os.fsync": (4, 3),
     "os.open": (3, 2),
     "save_file": (1, 1),
-    "Path.mkdir": (3, 3),
+    "Path.mkdir": (2, 2),
 }
 
 

@@ -69,17 +69,25 @@ def reporting(path: Path, verb: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def temporary_file(folder: Path, name: str) -> Iterator[Path]:
-    """Where to write a file before it is committed: in a folder of its own beside its place.
+def temporary_file(folder: Path, name: str, *, alone: bool = False) -> Iterator[Path]:
+    """Where to write a file before it is committed, beside its place.
 
-    Who writes it may need temporaries too, as safetensors does; all of them go with the folder.
+    Args:
+        folder: where the file is to be.
+        name: what it is to be called.
+        alone: in a folder of its own, which goes with all that is in it: for writers that need
+            temporaries too, as safetensors does.
     """
     own = folder / f".{name}.{secrets.token_hex(8)}.tmp"
-    own.mkdir()
+    if alone:
+        own.mkdir()
     try:
-        yield own / name
+        yield own / f"{name}.part" if alone else own
     finally:
-        _remove_folder(own)
+        if alone:
+            _remove_folder(own)
+        else:
+            own.unlink(missing_ok=True)
 
 
 def commit(temporary: Path, path: Path) -> None:

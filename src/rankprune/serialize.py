@@ -86,7 +86,7 @@ def save(
                     f"{folder}: holds a saved model already; choose another folder or overwrite it"
                 )
             remove_stale(folder)
-            with temporary_file(folder, WEIGHTS) as temporary:
+            with temporary_file(folder, WEIGHTS, alone=True) as temporary:
                 header = {"format": "pt", _ALIASES: json.dumps(aliases)}
                 try:
                     save_file(tensors, temporary, metadata=header)

@@ -248,7 +248,7 @@ def _widened(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    with temporary_file(path.parent, path.name) as temporary:
+    with temporary_file(path.parent, path.name, alone=True) as temporary:
         contiguous = {name: value.contiguous() for name, value in tensors.items()}
         try:
             save_file(contiguous, temporary, metadata={"format": "pt"})
