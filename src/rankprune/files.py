@@ -84,10 +84,7 @@ def temporary_file(folder: Path, name: str, *, alone: bool = False) -> Iterator[
     try:
         yield own / f"{name}.part" if alone else own
     finally:
-        if alone:
-            _remove_folder(own)
-        else:
-            own.unlink(missing_ok=True)
+        _remove(own)
 
 
 def commit(temporary: Path, path: Path) -> None:
@@ -133,13 +130,13 @@ def is_temporary(path: Path) -> bool:
 def remove_stale(folder: Path) -> None:
     """Remove temporaries that a killed writer left behind."""
     for path in filter(is_temporary, folder.iterdir()):
-        if path.is_dir() and not path.is_symlink():
-            _remove_folder(path)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)
 
 
-def _remove_folder(folder: Path) -> None:
-    for path in folder.iterdir():
+def _remove(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
-    folder.rmdir()
+        return
+    for inner in path.iterdir():
+        _remove(inner)
+    path.rmdir()
